@@ -1,0 +1,132 @@
+"""The command line: ``dppo <command> [key=value ...]``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from textwrap import dedent
+
+from policies.errors import UserError
+
+USER_ERROR_STATUS = 2
+
+COMMANDS = {
+    "collect": (
+        "make demonstrations: train an expert (or run a scripted one) and record a Minari dataset",
+        """
+        dppo collect task=hopper
+        dppo collect task=maze steps=50_000
+        dppo collect task=hopper demonstrator.target_return=2000 dataset=me/hopper/better-v0
+        """,
+    ),
+    "pretrain": (
+        "clone demonstrations into a policy",
+        """
+        dppo pretrain task=hopper policy=diffusion
+        dppo pretrain task=hopper dataset=mujoco/hopper/medium-v0
+        dppo pretrain task=hopper policy=diffusion network.hidden_dims=[512,512,512] policy.history=2
+        """,
+    ),
+    "finetune": (
+        "fine-tune a policy with reinforcement learning",
+        """
+        dppo finetune task=hopper                                       # from the embedded checkpoint
+        dppo finetune task=hopper checkpoint=runs/pretrain-hopper-diffusion-seed0
+        dppo finetune task=hopper policy=gaussian checkpoint=scratch    # plain PPO
+        dppo finetune task=hopper policy.finetuned_steps=5 algo.learning_rate=3e-4 env_steps=5_000_000
+        dppo finetune experiment=demo
+        """,
+    ),
+    "evaluate": (
+        "evaluate a checkpoint; it knows its task, normalisation and denoising steps itself",
+        """
+        dppo evaluate checkpoint=runs/demo
+        dppo evaluate checkpoint=runs/demo/checkpoints/100000 episodes=200 video=true
+        """,
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 after an error that the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    command, overrides = arguments[0], arguments[1:]
+    try:
+        return _run(command, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, overrides: list[str]) -> int:
+    from policies.config import near_misses
+
+    if command == "--version":
+        print(import_module("importlib.metadata").version("dppo"))
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{near_misses(command, COMMANDS)}; there are: {', '.join(COMMANDS)}")
+    if any(option in overrides for option in ("-h", "--help")):
+        print(_command_help(command))
+        return 0
+    from dppo.configuration import compose_config, overridden_keys
+
+    show = "--show" in overrides
+    overrides = [override for override in overrides if override != "--show"]
+    for override in overrides:
+        if override.startswith("-"):
+            raise UserError(f"unknown option {override}; settings are given as key=value, see `dppo {command} --help`")
+    config = compose_config(command, overrides)
+    if show:
+        import yaml
+
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return 0
+    from dppo.video import choose_gl_backend
+
+    choose_gl_backend()
+    import_module(f"dppo.commands.{command}").run(config, overridden_keys(overrides))
+    return 0
+
+
+def _overview() -> str:
+    lines = ["Fine-tune diffusion policies with reinforcement learning.", "", "usage: dppo <command> [key=value ...]", ""]
+    lines += [f"  {name:10}{about}" for name, (about, _) in COMMANDS.items()]
+    first = [_examples(name)[0] for name in COMMANDS]
+    lines += ["", "examples:", *(f"  {line}" for line in first), "", "`dppo <command> --help` tells more about each."]
+    return "\n".join(lines)
+
+
+def _command_help(command: str) -> str:
+    from dppo.configuration import config_directory, groups_of, options
+
+    about, _ = COMMANDS[command]
+    lines = [f"dppo {command}: {about}", "", f"usage: dppo {command} [key=value ...] [--show]", ""]
+    lines += ["examples:", *(f"  {line}" for line in _examples(command)), ""]
+    groups = groups_of(command)
+    if groups:
+        lines += ["choices (every one is a YAML file):"]
+        lines += [f"  {group}={'|'.join(options(group))}" for group in groups]
+        lines += [""]
+    text = (config_directory() / f"{command}.yaml").read_text()
+    settings = [line for line in text.split("\n\n", 1)[-1].splitlines()] if groups else text.splitlines()
+    lines += ["settings and their defaults:", *(f"  {line}" for line in settings), ""]
+    lines += ["--show prints the whole configuration, with the choices' own settings, and stops."]
+    return "\n".join(lines)
+
+
+def _examples(command: str) -> list[str]:
+    return dedent(COMMANDS[command][1]).strip().splitlines()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

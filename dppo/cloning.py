@@ -1,0 +1,146 @@
+"""Behaviour cloning: AdamW on the imitation loss, and the moving average of the weights that is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dppo.demos import WindowDataset
+from dppo.metrics import Row
+from dppo.updates.schedule import schedule_factor, set_learning_rate
+from policies import Policy, UserError
+
+VALIDATION_SAMPLES = 4096
+"""Windows on which the validation loss is estimated, always the same ones."""
+
+
+@dataclass(frozen=True)
+class CloningConfig:
+    """Settings of a `Cloner`; see ``configs/pretrain.yaml``."""
+
+    updates: int
+    batch_size: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup: float
+    weight_decay: float
+    ema_decay: float
+
+    def __post_init__(self) -> None:
+        if self.updates < 1 or self.batch_size < 1:
+            raise ValueError(f"updates and batch_size must be at least 1, not {self.updates} and {self.batch_size}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+
+
+class Cloner:
+    """A policy in behaviour cloning."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        train: WindowDataset,
+        validation: WindowDataset | None,
+        config: CloningConfig,
+        *,
+        seed: int,
+    ) -> None:
+        """The policy is trained in place, on its device, where ``train`` must be; its scaling must be fitted."""
+        self.policy = policy.train()
+        self.config = config
+        self.device = next(policy.parameters()).device
+        self.train = train
+        self.validation = None if validation is None else validation.to(self.device)
+        self.averages = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(3)]
+        self.generator = torch.Generator(self.device).manual_seed(seeds[0])
+        self.validation_seed = seeds[1]
+        self.order = torch.empty(0, dtype=torch.long, device=self.device)
+        """What is left of the current pass over the windows, in random order."""
+        self.updates = 0
+        self.wall_clock_s = 0.0
+
+    @property
+    def averaged(self) -> Policy:
+        """The policy with averaged weights."""
+        module = self.averages.module
+        assert isinstance(module, Policy)
+        return module
+
+    def run(self, updates: int, on_update: Callable[[int], None] = lambda updates: None) -> Row:
+        """Up to ``updates`` more gradient steps; a row of metrics about them.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        began = time.perf_counter()
+        updates = min(updates, self.config.updates - self.updates)
+        losses = []
+        for _ in range(updates):
+            losses.append(self._update())
+            on_update(1)
+        train_loss = float(torch.stack(losses).mean())
+        if not np.isfinite(train_loss):
+            raise UserError(f"the imitation loss became {train_loss}; lower learning_rate")
+        self.wall_clock_s += time.perf_counter() - began
+        samples = self.config.batch_size * updates
+        return {
+            "updates": self.updates,
+            "epoch": self.updates * self.config.batch_size / len(self.train),
+            "wall_clock_s": self.wall_clock_s,
+            "samples_per_s": samples / (time.perf_counter() - began),
+            "train_loss": train_loss,
+            "validation_loss": self._validation_loss(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _update(self) -> Tensor:
+        factor = schedule_factor(
+            "cosine",
+            (self.updates + 1) / self.config.updates,
+            warmup=self.config.warmup,
+            final=self.config.final_learning_rate,
+        )
+        set_learning_rate(self.optimizer, factor * self.config.learning_rate)
+        if len(self.order) < min(self.config.batch_size, len(self.train)):
+            fresh = torch.randperm(len(self.train), generator=self.generator, device=self.device)
+            self.order = torch.cat([self.order, fresh])
+        indices, self.order = self.order[: self.config.batch_size], self.order[self.config.batch_size :]
+        loss = self.policy.imitation_loss(*self.train.batch(indices), generator=self.generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.averages.update_parameters(self.policy)
+        self.updates += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float | None:
+        """The averaged policy's loss on unseen episodes, with the same windows and noise every time."""
+        if self.validation is None:
+            return None
+        generator = torch.Generator(self.device).manual_seed(self.validation_seed)
+        indices = torch.randint(
+            len(self.validation), (VALIDATION_SAMPLES,), generator=generator, device=self.device
+        )
+        return float(self.averaged.imitation_loss(*self.validation.batch(indices), generator=generator))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that cloning has learned beside the averaged policy, as tensors and plain values."""
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "order": self.order,
+            "updates": self.updates,
+        }

@@ -1,0 +1,161 @@
+"""``dppo collect``: demonstrations made offline, by an expert trained here or by a scripted controller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from dppo import minari_store
+from dppo.building import build_task, scratch_policy
+from dppo.checkpoint import save_checkpoint
+from dppo.envs.maze import WaypointController
+from dppo.envs.vector import make_plain_env
+from dppo.metrics import MetricsLogger
+from dppo.recording import Demonstrator, record
+from dppo.report import Progress, final_table
+from dppo.run_directory import RunDirectory, write_json
+from dppo.run_setup import build_sinks, open_run, prepare_device
+from dppo.statistics import summarize
+from dppo.task import Task
+from dppo.trainer import Trainer, TrainerConfig
+from dppo.updates.ppo import PPOConfig
+from policies import Policy, UserError
+from policies.config import config_from_dict
+
+
+class PolicyDemonstrator:
+    """A policy, with its exploration noise, one environment step at a time."""
+
+    def __init__(self, policy: Policy, seed: int) -> None:
+        self.policy = policy
+        self.generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
+        self.recent: list[np.ndarray] = []
+        self.planned: list[np.ndarray] = []
+        """Actions of the current chunk that are still to be executed."""
+
+    def reset(self, obs: np.ndarray) -> None:
+        """Begin an episode: its history is the first observation [Do], repeated."""
+        self.recent = [obs] * self.policy.config.history
+        self.planned = []
+
+    def __call__(self, obs: np.ndarray) -> Any:
+        """The next action for the observation [Do]."""
+        self.recent = [*self.recent[1:], obs]
+        if self.policy.discrete or not self.planned:
+            seen = torch.from_numpy(np.stack(self.recent)).float()[None].to(self.generator.device)
+            action = self.policy.sample(seen, generator=self.generator).action[0].cpu().numpy()
+            if self.policy.discrete:
+                return int(action)
+            self.planned = list(action)
+        return self.planned.pop(0)
+
+
+def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
+    """Collect as the composed configuration of ``configs/collect.yaml`` says; returns what ``summary.json`` holds."""
+    task = build_task(config)
+    dataset = config["dataset"] or task.dataset
+    if not dataset:
+        raise UserError(f"task {task.name} names no dataset to write; set dataset=me/{task.name}/mine-v0")
+    if minari_store.is_stored(dataset) and not config["overwrite"]:
+        raise UserError(f"dataset {dataset} exists already; set another dataset=..., or overwrite=true to replace it")
+    prepare_device(config)
+    directory = open_run(config, f"collect-{task.name}-seed{config['seed']}")
+    began = time.perf_counter()
+    env = make_plain_env(task)
+    try:
+        demonstrator, algorithm, env_steps = _demonstrator(config, task, directory, env)
+        stored = record(
+            env,
+            demonstrator,
+            dataset,
+            seed=int(config["seed"]),
+            steps=int(config["steps"]),
+            algorithm_name=algorithm,
+            overwrite=bool(config["overwrite"]),
+        )
+    finally:
+        env.close()
+    episodes = [np.asarray(episode.rewards) for episode in stored.iterate_episodes()]
+    successes = None
+    if task.success_reward is not None:
+        successes = [bool((rewards >= task.success_reward).any()) for rewards in episodes]
+    result = summarize([float(rewards.sum()) for rewards in episodes], successes)
+    seconds = time.perf_counter() - began
+    summary = {
+        "task": task.name,
+        "seed": config["seed"],
+        "dataset": dataset,
+        "demonstrator": algorithm,
+        "training_env_steps": env_steps,
+        "recorded_env_steps": sum(map(len, episodes)),
+        "wall_clock_s": seconds,
+        "demonstrations": result.as_dict(),
+    }
+    write_json(directory.summary_path, summary)
+    final_table(
+        {"demonstrations": result},
+        env_steps=env_steps + summary["recorded_env_steps"],
+        seconds=seconds,
+        paths={"dataset": minari_store.dataset_path(dataset), "run": directory.path},
+    )
+    return summary
+
+
+def _demonstrator(
+    config: Mapping[str, Any], task: Task, directory: RunDirectory, env: gymnasium.Env
+) -> tuple[Demonstrator, str, int]:
+    """Who demonstrates, its name for the dataset, and the environment steps that its training took."""
+    settings = dict(config["demonstrator"])
+    kind = settings.pop("type", None)
+    if kind == "waypoint":
+        return WaypointController(env, seed=int(config["seed"]), **settings), "WaypointController", 0
+    if kind == "expert":
+        policy, env_steps = _train_expert(config, task, directory, **settings)
+        return PolicyDemonstrator(policy, int(config["seed"])), f"PPO, {policy.type} policy", env_steps
+    raise UserError(f"unknown demonstrator.type {kind!r}; there are: expert, waypoint")
+
+
+def _train_expert(
+    config: Mapping[str, Any],
+    task: Task,
+    directory: RunDirectory,
+    *,
+    target_return: float,
+    env_steps: int,
+    num_envs: int,
+    rollout_steps: int,
+) -> tuple[Policy, int]:
+    """PPO from scratch until an iteration's mean return reaches ``target_return``; the policy and its training's steps.
+
+    Raises:
+        UserError: the environment steps were spent before.
+    """
+    torch.manual_seed(config["seed"])
+    policy = scratch_policy(config, task).to(prepare_device(config))
+    algo = config_from_dict(PPOConfig, config["algo"], "algo")
+    size = TrainerConfig(env_steps, num_envs, rollout_steps, seed=int(config["seed"]))
+    trainer = Trainer(policy, task, size, algo, config["critic"])
+    reached = -np.inf
+    try:
+        sinks = build_sinks(config, directory, "env_steps")
+        with MetricsLogger(directory, sinks) as logger, Progress(env_steps, "env_steps") as progress:
+            while not trainer.finished and reached < target_return:
+                row = trainer.iterate(progress.advance)
+                logger.log(row)
+                progress.update(row)
+                reached = -np.inf if row["return_mean"] is None else row["return_mean"]
+        path = directory.checkpoints / str(trainer.env_steps)
+        save_checkpoint(path, policy, task, trainer.state_dict())
+    finally:
+        trainer.close()
+    if reached < target_return:
+        raise UserError(
+            f"the expert reached a return of {reached:.0f} in {trainer.env_steps:,} environment steps, not "
+            f"demonstrator.target_return={target_return}; lower it, or raise demonstrator.env_steps"
+        )
+    return policy.eval(), trainer.env_steps

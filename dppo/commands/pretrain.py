@@ -1,0 +1,95 @@
+"""``dppo pretrain``: behaviour cloning of demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from dppo.building import build_policy, build_task
+from dppo.checkpoint import save_checkpoint
+from dppo.cloning import Cloner, CloningConfig
+from dppo.demos import WindowDataset, bounds, check_dimensions, load_episodes, split_by_episode
+from dppo.envs.vector import space_dims
+from dppo.evaluation import EvaluationConfig, evaluate_with_progress
+from dppo.metrics import MetricsLogger, read_metrics
+from dppo.plots import pretraining_curve
+from dppo.report import Progress, final_table
+from dppo.run_directory import write_json
+from dppo.run_setup import build_sinks, open_run, prepare_device
+from dppo.task import Task
+from dppo.video import record_video
+from policies import Policy
+from policies.config import config_from_dict
+
+
+def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
+    """Clone as the composed configuration of ``configs/pretrain.yaml`` says; returns what ``summary.json`` holds."""
+    device = prepare_device(config)
+    task = build_task(config)
+    evaluation = dict(config["evaluation"])
+    interval = int(evaluation.pop("interval"))
+    evaluation = config_from_dict(EvaluationConfig, evaluation, "evaluation")
+    names = ("updates", "batch_size", "learning_rate", "final_learning_rate", "warmup", "weight_decay", "ema_decay")
+    settings = config_from_dict(CloningConfig, {name: config[name] for name in names}, "pretrain")
+    torch.manual_seed(config["seed"])
+    policy, train, validation = _prepare(config, task)
+    cloner = Cloner(policy.to(device), train.to(device), validation, settings, seed=int(config["seed"]))
+    directory = open_run(config, f"pretrain-{task.name}-{policy.type}-seed{config['seed']}")
+    sinks = build_sinks(config, directory, "updates")
+    with MetricsLogger(directory, sinks) as logger, Progress(settings.updates, "updates") as progress:
+        rows = 0
+        while cloner.updates < settings.updates:
+            row = cloner.run(int(config["log_interval"]), progress.advance)
+            rows += 1
+            if interval and rows % interval == 0 and cloner.updates < settings.updates:
+                result = evaluate_with_progress(cloner.averaged, task, evaluation)
+                row = {**row, "return_mean": result.return_mean, "success_rate": result.success_rate}
+            logger.log(row)
+            progress.update(row)
+    checkpoint = save_checkpoint(
+        directory.checkpoints / str(cloner.updates), cloner.averaged, task, cloner.state_dict()
+    )
+    result = evaluate_with_progress(cloner.averaged, task, evaluation)
+    summary = {
+        "task": task.name,
+        "policy": policy.type,
+        "seed": config["seed"],
+        "dataset": config["dataset"] or task.dataset,
+        "updates": cloner.updates,
+        "wall_clock_s": cloner.wall_clock_s,
+        "evaluation": result.as_dict(),
+    }
+    write_json(directory.summary_path, summary)
+    title = f"{task.name}: {policy.type} policy, behaviour cloning"
+    curve = pretraining_curve(read_metrics(directory.metrics_path), directory.plots / "learning_curve.png", title=title)
+    paths = {"learning curve": curve}
+    if config["video"]:
+        seed = int(config["evaluation"]["seed"])
+        video = record_video(cloner.averaged, task, directory.videos / "pretrained.mp4", seed=seed)
+        paths |= {} if video is None else {"video": video}
+    paths["checkpoint"] = checkpoint
+    final_table({"pretrained": result}, updates=cloner.updates, seconds=cloner.wall_clock_s, paths=paths)
+    return summary
+
+
+def _prepare(config: Mapping[str, Any], task: Task) -> tuple[Policy, WindowDataset, WindowDataset | None]:
+    """The untrained policy, scaled by the demonstrations, and their training and validation windows."""
+    name = config["dataset"] or task.dataset
+    episodes = load_episodes(name, hint=f"dppo collect task={task.name}")
+    spaces = space_dims(task)
+    check_dimensions(episodes, spaces.obs_dim, spaces.action_dim, spaces.discrete, dataset=f"dataset {name}")
+    # All steps of the chain are cloned; which of them are fine-tuned is for fine-tuning to say.
+    whole_chain = {"finetuned_steps": None} if "finetuned_steps" in config["policy"] else {}
+    policy = build_policy(config, spaces, **whole_chain)
+    train, validation = split_by_episode(episodes, config["validation_fraction"], config["seed"])
+    limits = bounds(train)
+    policy.fit_observations(limits.obs_min, limits.obs_max)
+    policy.fit_actions(limits.action_min, limits.action_max)
+    history, chunk = policy.config.history, policy.config.chunk
+    return (
+        policy,
+        WindowDataset(train, history, chunk),
+        WindowDataset(validation, history, chunk) if validation else None,
+    )

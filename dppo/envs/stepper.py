@@ -1,0 +1,137 @@
+"""One view of a vector environment, whatever it does when an episode ends.
+
+N environments, To history, Ta executed chunk, Da action dimension, Do observation dimension.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from policies.errors import UserError
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of N environments led to. Every array is fresh: the next step does not change it."""
+
+    obs: np.ndarray
+    """[N, To, Do] float32, what the policy acts on next. Where an episode ended it is the first observation of the
+    next one; only in NEXT_STEP mode is it still the last one, and the action taken on it is ignored."""
+    final_obs: np.ndarray
+    """[N, To, Do] float32, the true successor observation: where an episode ended, its last one."""
+    step_rewards: np.ndarray
+    """[N, Ta] float64, the reward of each environment step, zero after the end of an episode."""
+    steps: np.ndarray
+    """[N] int64, executed environment steps."""
+    terminated: np.ndarray
+    """[N] bool."""
+    truncated: np.ndarray
+    """[N] bool, False where terminated is True."""
+    valid: np.ndarray
+    """[N] bool. False where NEXT_STEP mode only reset the environment: no transition happened there, its rewards and
+    steps are zero, and its row belongs in no buffer."""
+
+
+class Stepper:
+    """Steps a vector environment of `ChunkEnv`s and reports the same transitions in every autoreset mode.
+
+    Raises:
+        ValueError: on construction, if the environments are not `ChunkEnv`s or the autoreset mode is not declared.
+    """
+
+    def __init__(self, env: VectorEnv) -> None:
+        """Step `env`; `close` closes it."""
+        shape = env.single_observation_space.shape
+        if shape is None or len(shape) != 2:
+            raise ValueError(f"expected observations of shape [To, Do] as ChunkEnv has them, got {shape}")
+        if "autoreset_mode" not in env.metadata:
+            raise ValueError(f"{env} does not say in its metadata which autoreset_mode it follows")
+        self.env = env
+        self._mode = AutoresetMode(env.metadata["autoreset_mode"])
+        action = env.single_action_space
+        self._chunk = action.shape[0] if isinstance(action, Box) else 1
+        self._resets_next = np.zeros(env.num_envs, bool)
+
+    @property
+    def num_envs(self) -> int:
+        """N."""
+        return self.env.num_envs
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """Start an episode in every environment; environment i is seeded with seed + i.
+
+        Returns:
+            Observations [N, To, Do] float32.
+
+        Raises:
+            UserError: an observation is not finite.
+        """
+        obs, _ = self.env.reset(seed=seed)
+        self._resets_next = np.zeros(self.num_envs, bool)
+        obs = np.array(obs, np.float32)
+        _require_finite(obs, "observation")
+        return obs
+
+    def step(self, action: np.ndarray) -> Step:
+        """Execute one chunk in every environment.
+
+        Args:
+            action: [N, Ta, Da] in environment units (Discrete: [N] integers).
+
+        Raises:
+            UserError: an action, an observation or a reward is not finite.
+        """
+        _require_finite(action, "action")
+        obs, _, terminated, truncated, infos = self.env.step(action)
+        ended = terminated | truncated  # [N]
+        step_rewards, steps = self._executed(infos)  # [N, Ta], [N]
+        final_obs = np.array(obs, np.float32)  # [N, To, Do]
+        next_obs = final_obs.copy()  # [N, To, Do]
+        if self._mode is AutoresetMode.SAME_STEP:
+            for index in np.flatnonzero(ended):
+                final_obs[index] = infos["final_obs"][index]
+        if self._mode is AutoresetMode.DISABLED and ended.any():
+            next_obs[:] = self.env.reset(options={"reset_mask": ended})[0]
+        valid = ~self._resets_next  # [N]
+        if self._mode is AutoresetMode.NEXT_STEP:
+            self._resets_next = ended
+        _require_finite(final_obs, "observation")
+        _require_finite(next_obs, "observation")
+        _require_finite(step_rewards, "reward")
+        return Step(next_obs, final_obs, step_rewards, steps, terminated, truncated & ~terminated, valid)
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.env.close()
+
+    def _executed(self, infos: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards [N, Ta] and number [N] of the environment steps.
+
+        Gymnasium masks each info entry with the environments that gave it. An episode's last step has its info in
+        "final_info" in SAME_STEP mode, and a row that was only reset has none at all.
+        """
+        step_rewards = np.zeros((self.num_envs, self._chunk))
+        steps = np.zeros(self.num_envs, np.int64)
+        for info in (infos, infos.get("final_info", {})):
+            if "steps" in info:
+                given = info["_steps"]  # [N]
+                step_rewards[given] = info["step_rewards"][given]
+                steps[given] = info["steps"][given]
+        return step_rewards, steps
+
+
+def _require_finite(values: np.ndarray, quantity: str) -> None:
+    """Raise if any of values [N, ...] is NaN or infinite."""
+    finite = np.isfinite(values)
+    if finite.all():
+        return
+    env, *index = (int(i) for i in np.argwhere(~finite)[0])
+    value = values[(env, *index)]
+    if quantity == "action":
+        advice = "the policy has diverged: lower the learning rate"
+    else:
+        advice = "the simulation has become unstable, or the environment is at fault"
+    raise UserError(f"environment {env}: non-finite {quantity} ({value} at index {tuple(index)}); {advice}")

@@ -1,0 +1,105 @@
+"""From a task to its environments.
+
+To history, Ta executed chunk, Da action dimension, Do observation dimension.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import FlattenObservation
+
+from dppo.envs.chunk import ChunkEnv
+from dppo.task import Task
+from policies.errors import UserError
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """What a policy must know of a task's spaces."""
+
+    obs_dim: int
+    """Do, after a Dict observation has been flattened."""
+    action_dim: int
+    """Da (Discrete: the number of actions)."""
+    discrete: bool
+    action_low: np.ndarray
+    """Smallest action [Da] float32, -inf where there is no bound (Discrete: empty)."""
+    action_high: np.ndarray
+    """Largest action [Da] float32, inf where there is no bound (Discrete: empty)."""
+
+
+def make_env(task: Task, *, history: int, chunk: int, render_mode: str | None = None) -> ChunkEnv:
+    """One environment of the task.
+
+    With `render_mode="rgb_array_list"`, `render()` returns a frame for every environment step since the last call, so
+    that none inside a chunk is lost.
+
+    Raises:
+        UserError: the environment does not exist, cannot be built, or has a space that is not supported.
+    """
+    env = make_plain_env(task, render_mode=render_mode)
+    if isinstance(env.observation_space, Dict):
+        env = FlattenObservation(env)
+    return ChunkEnv(env, history=history, chunk=chunk)
+
+
+def make_plain_env(task: Task, *, render_mode: str | None = None) -> gymnasium.Env:
+    """The environment as gymnasium makes it, with its episode limit, without history and chunks.
+
+    Raises:
+        UserError: the environment does not exist or cannot be built.
+    """
+    spec = task.env_spec()
+    rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment takes the argument
+    try:
+        # The checker tests the environment itself, at every step: it is for those who write environments.
+        return gymnasium.make(
+            spec, max_episode_steps=task.max_episode_steps, disable_env_checker=True, **rendering, **task.env_kwargs
+        )
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(f"task {task.name}: {task.env_id} does not take these env_kwargs: {error}") from error
+    except (ImportError, gymnasium.error.Error) as error:
+        raise UserError(f"task {task.name}: {task.env_id} cannot be built: {error}") from error
+
+
+def make_vector_env(
+    task: Task, num_envs: int, *, history: int, chunk: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
+) -> VectorEnv:
+    """`num_envs` environments of the task, stepped together: observations [N, To, Do], actions [N, Ta, Da] or [N].
+
+    The observations it returns are a buffer that the next step overwrites: step it through a `Stepper`, which copies.
+
+    Raises:
+        UserError: as `make_env`, or `num_envs` is not positive.
+    """
+    if num_envs < 1:
+        raise UserError(f"task {task.name}: num_envs must be at least 1, got {num_envs}")
+    env_fns = [partial(make_env, task, history=history, chunk=chunk)] * num_envs
+    return SyncVectorEnv(env_fns, copy=False, autoreset_mode=autoreset_mode)
+
+
+def space_dims(task: Task) -> Spaces:
+    """Sizes and bounds of the task's spaces (builds one environment to ask).
+
+    Raises:
+        UserError: as `make_env`.
+    """
+    env = make_env(task, history=1, chunk=1)
+    try:
+        assert env.observation_space.shape is not None
+        obs_dim = env.observation_space.shape[-1]
+        action = env.action_space
+        if isinstance(action, Discrete):
+            unbounded = np.zeros(0, np.float32)
+            return Spaces(obs_dim, int(action.n), True, unbounded, unbounded)
+        assert isinstance(action, Box)
+        low, high = action.low[0].astype(np.float32), action.high[0].astype(np.float32)
+        return Spaces(obs_dim, low.shape[0], False, low, high)
+    finally:
+        env.close()

@@ -1,0 +1,69 @@
+"""Evaluation: the same function, seeds and policy wherever a policy is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dppo.envs.stepper import Stepper
+from dppo.envs.vector import make_vector_env
+from dppo.report import bar
+from dppo.rollout import Actor, EpisodeResult
+from dppo.statistics import EvaluationSummary, summarize
+from dppo.task import Task
+from policies import Policy
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a policy is evaluated."""
+
+    episodes: int = 50
+    """How many episodes; rounded up to a multiple of ``num_envs``."""
+    num_envs: int = 10
+    """Environments side by side. Each contributes equally many episodes, so short ones are not over-represented."""
+    seed: int = 100_000
+    """Of the environments and of the policy's noise."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.num_envs < 1:
+            raise ValueError("evaluation needs at least one episode and one environment")
+
+
+def evaluate(
+    policy: Policy, task: Task, config: EvaluationConfig, on_episode: Callable[[EpisodeResult], None] = lambda episode: None
+) -> tuple[EvaluationSummary, list[EpisodeResult]]:
+    """Run the deterministic policy; its summary and the episodes, in order of environment, then time."""
+    num_envs = min(config.num_envs, config.episodes)
+    quota = -(-config.episodes // num_envs)
+    device = next(policy.parameters()).device
+    env = Stepper(make_vector_env(task, num_envs, history=policy.config.history, chunk=policy.config.executed_chunk))
+    actor = Actor(
+        env,
+        success_reward=task.success_reward,
+        generator=torch.Generator(device).manual_seed(config.seed),
+    )
+    episodes: list[list[EpisodeResult]] = [[] for _ in range(num_envs)]
+    try:
+        actor.reset(config.seed)
+        while any(len(of_env) < quota for of_env in episodes):
+            for episode in actor.act(policy, deterministic=True)[3]:
+                if len(episodes[episode.env]) < quota:
+                    episodes[episode.env].append(episode)
+                    on_episode(episode)
+    finally:
+        env.close()
+    ordered = [episode for of_env in episodes for episode in of_env]
+    successes = None if task.success_reward is None else np.array([episode.success for episode in ordered])
+    return summarize(np.array([episode.undiscounted_return for episode in ordered]), successes), ordered
+
+
+def evaluate_with_progress(
+    policy: Policy, task: Task, config: EvaluationConfig, name: str | None = None
+) -> EvaluationSummary:
+    """`evaluate`, with a progress bar named after what is evaluated."""
+    with bar(f"evaluating{f' ({name})' if name else ''}", config.episodes) as advance:
+        return evaluate(policy, task, config, lambda episode: advance(1))[0]

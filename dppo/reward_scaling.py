@@ -1,0 +1,36 @@
+"""Rewards divided by the running deviation of the discounted return."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from policies.normalization import RunningStandardizer
+
+
+class RewardScaler(nn.Module):
+    """r / std(G), where G is the discounted sum of past rewards in its episode (Engstrom et al. 2020), clipped.
+
+    The statistics are updated with a whole rollout before it is scaled, so one factor serves all of its rows.
+    """
+
+    discounted: Tensor
+
+    def __init__(self, num_envs: int, gamma: float, clip: float = 10.0) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.clip = clip
+        self.statistics = RunningStandardizer(1)
+        self.register_buffer("discounted", torch.zeros(num_envs, dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, rewards: Tensor, ended: Tensor, valid: Tensor) -> Tensor:
+        """Scale rewards [T, N]; ``ended`` and ``valid`` [T, N] bool mark episode ends and rows that count."""
+        sums = []
+        for reward, end in zip(rewards.double(), ended, strict=True):
+            self.discounted.mul_(self.gamma).add_(reward)
+            sums.append(self.discounted.clone())
+            self.discounted[end] = 0.0
+        self.statistics.update(torch.stack(sums)[valid][:, None])
+        scale = (self.statistics.variance + 1e-8).rsqrt().to(rewards.dtype)
+        return (rewards * scale).clamp(-self.clip, self.clip)

@@ -1,0 +1,56 @@
+"""What the commands share at their start: device, seeds, run directory, loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dppo.metrics import Sink, TensorBoardSink, WandbSink
+from dppo.run_directory import RunDirectory, free_path
+from policies import UserError
+
+RUNS = Path("runs")
+
+
+def prepare_device(config: Mapping[str, Any]) -> torch.device:
+    """Set the number of threads and resolve ``device``.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    if config["threads"] is not None:
+        torch.set_num_threads(int(config["threads"]))
+    name = str(config["device"])
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        detail = str(error).splitlines()[0]
+        raise UserError(f"device={name} cannot be used: {detail}") from error
+
+
+def open_run(config: Mapping[str, Any], default_name: str) -> RunDirectory:
+    """Create the run directory: ``run``, or the first free ``runs/<default_name>[-n]``."""
+    path = Path(config["run"]).expanduser() if config["run"] is not None else free_path(RUNS / default_name)
+    return RunDirectory.create(path, overwrite=bool(config["overwrite"]), config=config)
+
+
+def build_sinks(config: Mapping[str, Any], run: RunDirectory, x_axis: str) -> list[Sink]:
+    """Where rows of metrics go besides ``metrics.jsonl``.
+
+    Raises:
+        UserError: an unknown logger, or one that is not installed.
+    """
+    logger = dict(config["logger"])
+    kind = logger.pop("type", None)
+    if kind == "none":
+        return []
+    if kind == "tensorboard":
+        return [TensorBoardSink(run, x_axis=x_axis)]
+    if kind == "wandb":
+        return [WandbSink(run, config=config, x_axis=x_axis, **logger)]
+    raise UserError(f"unknown logger.type {kind!r}; there are: tensorboard, wandb, none")

@@ -1,0 +1,70 @@
+"""Surrogate objectives as pure functions of log-likelihoods and advantages."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LogRatio = Literal["sum", "mean"]
+
+
+def log_ratio(
+    new_factors: Tensor,
+    old_factors: Tensor,
+    reduction: LogRatio,
+    clamp: tuple[float, float] | None = None,
+    executed: int | None = None,
+) -> Tensor:
+    """log pi_new / pi_old of each sample, [B].
+
+    Args:
+        new_factors: [B, *F] log-likelihood factors under the current policy.
+        old_factors: [B, *F] under the policy that sampled.
+        reduction: ``sum`` is the true ratio; ``mean`` over the factors is what the original DPPO uses, and what its
+            small clip ranges assume.
+        clamp: bounds on each factor, [-5, 2] in the original DPPO.
+        executed: for factors of an action chunk [B, Tp, Da], score its first so many actions only; None: all.
+    """
+    if clamp is not None:
+        new_factors, old_factors = new_factors.clamp(*clamp), old_factors.clamp(*clamp)
+    difference = new_factors - old_factors
+    if difference.dim() == 1:
+        return difference
+    difference = difference[:, :executed].flatten(1)
+    return difference.sum(1) if reduction == "sum" else difference.mean(1)
+
+
+def clipped_loss(log_ratios: Tensor, advantages: Tensor, clip: Tensor | float) -> Tensor:
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated, per sample [B]; ``clip`` broadcasts to [B]."""
+    ratio = log_ratios.exp()
+    clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def clip_ranges(num_steps: int, base: float, full: float, rate: float) -> Tensor:
+    """[K]: clip range per inner step, growing exponentially from ``base`` at k = 0 to ``full`` at k = K - 1.
+
+    base + (full - base) (e^(rate t) - 1) / (e^rate - 1), t = k / (K - 1) (Ren et al. 2024, appendix).
+    """
+    if num_steps == 1:
+        return torch.tensor([full])
+    t = torch.arange(num_steps, dtype=torch.float32) / (num_steps - 1)
+    share = t if rate == 0 else torch.expm1(rate * t) / math.expm1(rate)
+    return base + (full - base) * share
+
+
+def approximate_kl(log_ratios: Tensor) -> Tensor:
+    """Estimate of KL(old || new) from samples of the old policy, E[r - 1 - log r] >= 0 (scalar)."""
+    return (log_ratios.expm1() - log_ratios).mean()
+
+
+def value_loss(values: Tensor, returns: Tensor, old_values: Tensor, clip: float | None = None) -> Tensor:
+    """Half the mean squared error; with ``clip`` the worse of that and of the value moved at most ``clip`` from the old."""
+    error = (values - returns).square()
+    if clip is not None:
+        limited = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (limited - returns).square())
+    return 0.5 * error.mean()

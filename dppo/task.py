@@ -1,0 +1,78 @@
+"""What is to be learned: the environment, its episode limit, what counts as success, and the demonstrations."""
+
+import contextlib
+import difflib
+import importlib
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+from gymnasium.envs.registration import EnvSpec
+
+from policies.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """One learning problem.
+
+    Raises:
+        UserError: `max_episode_steps` is not positive, or `env_kwargs` sets what is set elsewhere.
+    """
+
+    name: str
+    """Short name, for paths and plots."""
+    env_id: str
+    """Gymnasium id with its version, e.g. "Hopper-v5". Gymnasium's own "module:Id" form imports the module first."""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment."""
+    max_episode_steps: int | None = None
+    """Environment steps (not chunks) after which an episode is truncated. None: the limit registered with the id."""
+    success_reward: float | None = None
+    """An episode succeeds if the reward of any environment step is at least this. None: there is no such notion."""
+    dataset: str = ""
+    """Minari id of the demonstrations. Empty: there are none."""
+
+    def __post_init__(self) -> None:
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            raise UserError(f"task {self.name}: max_episode_steps must be at least 1, got {self.max_episode_steps}")
+        for name in ("max_episode_steps", "render_mode", "disable_env_checker"):  # gymnasium.make's own arguments
+            if name in self.env_kwargs:
+                raise UserError(f"task {self.name}: env_kwargs cannot set {name}: it is no argument of the environment")
+
+    def env_spec(self) -> EnvSpec:
+        """Gymnasium's registration of the environment.
+
+        Raises:
+            UserError: the module of `env_id` cannot be imported, or gymnasium does not know the id.
+        """
+        module, _, env_id = self.env_id.rpartition(":")
+        if module:
+            _import_environments(module, f"task {self.name}: env_id {self.env_id!r}")
+        spec = gymnasium.registry.get(env_id)
+        if spec is None:
+            raise UserError(f"task {self.name}: gymnasium has no environment {env_id!r}; {_suggestion(env_id)}")
+        return spec
+
+
+def _suggestion(env_id: str) -> str:
+    near = difflib.get_close_matches(env_id, gymnasium.registry, n=3)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return "an environment from another package is named with its module, e.g. gymnasium_robotics:PointMaze_UMaze-v3"
+
+
+def _import_environments(module: str, where: str) -> None:
+    # gymnasium_robotics prints a notice about its Adroit tasks to stderr on every import. Only that package is muted:
+    # what another module prints may matter.
+    muted = module.split(".")[0] == "gymnasium_robotics"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) if muted else contextlib.nullcontext():
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or module).split(".")[0]
+        package = missing.replace("_", "-")
+        raise UserError(f"{where} needs the Python module {missing!r}; install it: pip install {package}") from error
+    except ImportError as error:
+        raise UserError(f"{where}: importing {module!r} failed: {error}") from error

@@ -1,0 +1,176 @@
+"""One iteration of on-policy learning: rollout -> advantages -> update. All that changes during training lives here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dppo.advantages import gae
+from dppo.critic import Critic
+from dppo.envs.stepper import Stepper
+from dppo.envs.vector import make_vector_env
+from dppo.metrics import Row
+from dppo.reward_scaling import RewardScaler
+from dppo.rollout import Actor, EpisodeResult, Rollout, collect_rollout
+from dppo.task import Task
+from dppo.updates.batch import Batch
+from dppo.updates.ppo import PPO, PPOConfig
+from policies import Policy
+
+VALUE_BATCH = 16_384
+"""Rows of observations that the critic sees at once outside of updates; bounds the memory of its hidden layers."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The size of an iteration and of the whole training."""
+
+    env_steps: int = 1_000_000
+    """Environment steps to train for."""
+    num_envs: int = 40
+    """N, environments side by side."""
+    rollout_steps: int = 500
+    """T, chunk steps per environment and iteration."""
+    max_minutes: float | None = None
+    """Stop after the iteration in which this much wall-clock time was reached; None: no limit."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.env_steps, self.num_envs, self.rollout_steps) < 1:
+            raise ValueError("env_steps, num_envs and rollout_steps must be at least 1")
+
+
+class Trainer:
+    """A policy in training."""
+
+    def __init__(
+        self, policy: Policy, task: Task, config: TrainerConfig, algo: PPOConfig, critic: Mapping[str, Any]
+    ) -> None:
+        """``critic`` is the network of the critic as plain data. The policy is trained in place, on its device."""
+        self.policy = policy.train()
+        self.task = task
+        self.config = config
+        self.algo = algo
+        device = next(policy.parameters()).device
+        seeds = [int(seed) for seed in np.random.SeedSequence(config.seed).generate_state(4)]
+        torch.manual_seed(seeds[0])  # of the critic's weights
+        self.critic = Critic(critic, policy.config.history, policy.config.obs_dim).to(device)
+        self.update_rule = PPO(algo, policy, self.critic, torch.Generator(device).manual_seed(seeds[1]))
+        self.reward_scaler = RewardScaler(config.num_envs, algo.gamma).to(device)
+        chunk = policy.config.executed_chunk
+        env = Stepper(make_vector_env(task, config.num_envs, history=policy.config.history, chunk=chunk))
+        self.actor = Actor(
+            env, success_reward=task.success_reward, generator=torch.Generator(device).manual_seed(seeds[2])
+        )
+        self.actor.reset(seeds[3])
+        self.iteration = 0
+        self.env_steps = 0
+        self.wall_clock_s = 0.0
+        """Time spent in `iterate`."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget of environment steps or of time is spent."""
+        limit = self.config.max_minutes
+        late = limit is not None and self.wall_clock_s >= 60 * limit
+        return late or self.env_steps >= self.config.env_steps
+
+    def iterate(self, on_step: Callable[[int], None] = lambda env_steps: None) -> Row:
+        """One iteration; its row of metrics. ``on_step`` hears of environment steps as they happen."""
+        began = time.perf_counter()
+        rollout = collect_rollout(self.actor, self.policy, self.config.rollout_steps, on_step)
+        collected = time.perf_counter()
+        values, next_values = self._values(rollout)  # [T, N] each
+        scored = time.perf_counter()
+        batch = self._batch(rollout, values, next_values)
+        estimated = time.perf_counter()
+        metrics = self.update_rule.update(
+            batch, progress=self.env_steps / self.config.env_steps, iteration=self.iteration
+        )
+        self.policy.observe(rollout.obs[rollout.valid][:, -1])
+        now = time.perf_counter()
+        self.iteration += 1
+        self.env_steps += rollout.env_steps
+        self.wall_clock_s += now - began
+        return {
+            "iteration": self.iteration,
+            "env_steps": self.env_steps,
+            "wall_clock_s": self.wall_clock_s,
+            "env_steps_per_s": rollout.env_steps / (now - began),
+            **_episode_metrics(rollout.episodes),
+            **metrics,
+            "environment_s": rollout.seconds["environment"],
+            "sampling_s": collected - began - rollout.seconds["environment"],
+            "scoring_s": scored - collected,
+            "advantages_s": estimated - scored,
+            "update_s": now - estimated,
+        }
+
+    @torch.no_grad()
+    def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """V(s_t) and V of the true successor of each row, [T, N] each; every observation is seen once."""
+        shape = rollout.rewards.shape
+        obs = torch.cat([rollout.obs.flatten(0, 1), rollout.last_obs, rollout.truncated_obs])
+        parts = [self.critic(self.policy.normalize_obs(part)) for part in obs.split(VALUE_BATCH)]
+        values, after_last, at_truncation = torch.cat(parts).split(
+            [shape.numel(), shape[1], len(rollout.truncated_obs)]
+        )
+        values = values.view(shape)
+        next_values = torch.cat([values[1:], after_last[None]])
+        next_values[rollout.truncated] = at_truncation
+        return values, next_values
+
+    def _batch(self, rollout: Rollout, values: Tensor, next_values: Tensor) -> Batch:
+        rewards = rollout.rewards
+        if self.algo.reward_scaling:
+            rewards = self.reward_scaler(rewards, rollout.terminated | rollout.truncated, rollout.valid)
+        advantages, returns = gae(
+            rewards,
+            values,
+            next_values,
+            rollout.terminated,
+            rollout.truncated,
+            gamma=self.algo.gamma,
+            gae_lambda=self.algo.gae_lambda,
+        )
+        valid = rollout.valid
+        return Batch(
+            obs=rollout.obs[valid],
+            chain=rollout.chain[valid],
+            log_prob_factors=rollout.log_prob_factors[valid],
+            advantages=advantages[valid],
+            returns=returns[valid],
+            values=values[valid],
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training has learned beside the policy, as tensors and plain values."""
+        return {
+            "critic": self.critic.state_dict(),
+            "reward_scaler": self.reward_scaler.state_dict(),
+            "update_rule": self.update_rule.state_dict(),
+            "actor_generator": self.actor.generator.get_state(),
+            "iteration": self.iteration,
+            "env_steps": self.env_steps,
+        }
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.actor.env.close()
+
+
+def _episode_metrics(episodes: list[EpisodeResult]) -> dict[str, float | int | None]:
+    """Means over the episodes that ended in a rollout; None where none did."""
+    successes = [episode.success for episode in episodes if episode.success is not None]
+    return {
+        "episodes": len(episodes),
+        "return_mean": float(np.mean([e.undiscounted_return for e in episodes])) if episodes else None,
+        "episode_length": float(np.mean([e.length for e in episodes])) if episodes else None,
+        "success_rate": float(np.mean(successes)) if successes else None,
+    }

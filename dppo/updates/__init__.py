@@ -1,0 +1,1 @@
+"""Update rules: a surrogate times a step."""

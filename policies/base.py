@@ -1,0 +1,246 @@
+"""The one interface of every policy, and its records.
+
+A policy is a Markov chain of ``K`` inner steps from a start latent ``z_0`` to an action (Ren et al. 2024, section 4):
+
+    z_0 = start(o),    z_{k+1} ~ pi(. | o, z_k, k),    a = action(z_K)
+
+A Gaussian or categorical policy has ``K = 1``; a diffusion policy has as many as there are fine-tuned denoising steps.
+
+Legend, everywhere: T rollout steps, N environments, B batch, K inner steps, To observation history, Tp predicted chunk,
+Ta executed chunk, Do observation dimension, Da action dimension. Axis order: time, env, inner step, chunk, dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
+
+from policies.config import config_from_dict
+from policies.errors import UserError
+from policies.normalization import Affine, RunningStandardizer
+
+ObservationScaling = Literal["min_max", "running"]
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a policy drew for a batch of observations."""
+
+    action: Tensor
+    """[B, Ta, Da] in the environment's units; discrete: [B] integers."""
+    chain: Tensor
+    """[B, K+1, *latent]: the latents z_0 .. z_K."""
+    log_prob_factors: Tensor
+    """[B, K, *F]: log-likelihood of each inner step, one entry per independent factor (see `log_prob_factors`)."""
+
+    @property
+    def log_prob(self) -> Tensor:
+        """[B, K]: joint log-likelihood of each inner step."""
+        return self.log_prob_factors.flatten(2).sum(-1) if self.log_prob_factors.dim() > 2 else self.log_prob_factors
+
+
+def log_prob_factors(distribution: Distribution, value: Tensor) -> Tensor:
+    """The log-likelihood of ``value`` before its independent factors are summed.
+
+    Args:
+        distribution: batch shape [B]; an `Independent` of, say, a Normal over [Ta, Da] has Ta * Da factors.
+        value: [B, *event].
+
+    Returns:
+        [B, *F]; the sum over F is ``distribution.log_prob(value)``. F is empty where nothing factorises.
+    """
+    base = distribution.base_dist if isinstance(distribution, Independent) else distribution
+    return base.log_prob(value)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What every policy's configuration holds: the shapes of its interface."""
+
+    obs_dim: int
+    """Do, the dimension of one observation."""
+    action_dim: int
+    """Da, the dimension of one action; the number of actions where they are discrete."""
+    history: int = 1
+    """To, how many of the latest observations the policy sees."""
+    chunk: int = 1
+    """Tp, how many actions are predicted at once."""
+    executed: int | None = None
+    """Ta, how many of them are executed, and scored, before the next prediction; None: all."""
+
+    observation_scaling: ObservationScaling = "min_max"
+    """``min_max``: to [-1, 1] over the demonstrations; ``running``: by the mean and variance of all that was seen."""
+
+    adjustable: ClassVar[frozenset[str]] = frozenset({"executed"})
+    """Fields that may change when a trained policy is fine-tuned; all others are fixed by its weights."""
+
+    def __post_init__(self) -> None:
+        if self.executed is not None and not 1 <= self.executed <= self.chunk:
+            raise ValueError(f"executed must lie between 1 and chunk = {self.chunk}, not {self.executed}")
+
+    @property
+    def executed_chunk(self) -> int:
+        """Ta."""
+        return self.executed or self.chunk
+
+
+class Policy(nn.Module):
+    """A policy as a Markov chain; subclasses register under the name that ``config.json`` stores as ``type``."""
+
+    Config: ClassVar[type[PolicyConfig]]
+    type: ClassVar[str]
+    discrete: ClassVar[bool] = False
+    registry: ClassVar[dict[str, type[Policy]]] = {}
+
+    num_steps: int
+    """K, the number of inner steps."""
+
+    def __init_subclass__(cls, type: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.type = type
+        Policy.registry[type] = cls
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.metadata: dict[str, Any] = {}
+        """Anything that travels with the weights, e.g. the task the policy was trained for."""
+        self.observation: Affine | RunningStandardizer
+        self.observation = Affine(config.obs_dim) if config.observation_scaling == "min_max" else RunningStandardizer(config.obs_dim)
+        self.action = None if self.discrete else Affine(config.action_dim)
+
+    # --- the interface that rollouts and update rules use -------------------------------------------------------
+
+    def sample(
+        self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None
+    ) -> Sample:
+        """Draw an action for each observation.
+
+        Args:
+            obs: [B, To, Do] in the environment's units.
+            deterministic: act as in evaluation (no exploration noise; a diffusion policy still starts from noise).
+            generator: source of all randomness; must live on the device of ``obs``.
+        """
+        raise NotImplementedError
+
+    def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
+        """The law of the next latent, as update rules score it.
+
+        Args:
+            obs: [B, To, Do] in the environment's units.
+            latent: [B, *latent], z_k.
+            step: [B] integers k in [0, K), mixed freely.
+
+        Returns:
+            A distribution of batch shape [B] whose event is z_{k+1}.
+        """
+        raise NotImplementedError
+
+    def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Behaviour-cloning loss (scalar) on obs [B, To, Do] and action [B, Tp, Da] (discrete: [B])."""
+        raise NotImplementedError
+
+    # --- scaling, saved with the weights -------------------------------------------------------------------------
+
+    def normalize_obs(self, obs: Tensor) -> Tensor:
+        """Scale observations [..., Do] as the policy's own network sees them; a critic may share it."""
+        return self.observation.normalize(obs)
+
+    def fit_observations(self, low: Tensor, high: Tensor) -> None:
+        """Take min-max scaling from the range [Do], [Do] of demonstrations."""
+        if isinstance(self.observation, Affine):
+            self.observation.fit(low, high)
+
+    def fit_actions(self, low: Tensor, high: Tensor) -> None:
+        """Let normalised actions in [-1, 1] stand for the range [Da], [Da]; nothing to do for discrete actions."""
+        if self.action is not None:
+            self.action.fit(low, high)
+
+    def observe(self, obs: Tensor) -> None:
+        """Let running statistics (where the policy keeps any) see fresh observations [B, Do]; between updates only."""
+        if isinstance(self.observation, RunningStandardizer):
+            self.observation.update(obs)
+
+    # --- construction, saving and loading -----------------------------------------------------------------------
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Policy:
+        """Build an untrained policy from plain data: ``{"type": ..., **fields of its Config}``.
+
+        Raises:
+            UserError: an unknown type or field, or a value of the wrong kind.
+        """
+        fields = dict(config)
+        name = fields.pop("type", None)
+        if name not in Policy.registry:
+            raise UserError(f"unknown policy type {name!r}; known are {', '.join(sorted(Policy.registry))}")
+        cls = Policy.registry[name]
+        return cls(config_from_dict(cls.Config, fields, f"policy {name!r}"))
+
+    def adjusted(self, **changes: Any) -> Self:
+        """A copy with other values of the `PolicyConfig.adjustable` fields, and the same weights.
+
+        Raises:
+            UserError: a field that is fixed by the weights.
+        """
+        fixed = sorted(set(changes) - self.config.adjustable)
+        if fixed:
+            raise UserError(
+                f"policy.{fixed[0]} is fixed by the checkpoint's weights; it can be chosen when pretraining only "
+                f"(free to change are: {', '.join(sorted(self.config.adjustable)) or 'none'})"
+            )
+        copy = type(self)(dataclasses.replace(self.config, **changes))
+        copy.load_state_dict(self._weights_for(copy))
+        copy.metadata = dict(self.metadata)
+        return copy
+
+    def _weights_for(self, other: Self) -> dict[str, Tensor]:
+        """This policy's weights as ``other``, of an adjusted configuration, names them."""
+        return self.state_dict()
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) into ``directory``."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        content = {"type": self.type, **dataclasses.asdict(self.config), "metadata": self.metadata}
+        (directory / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+
+    @staticmethod
+    def from_pretrained(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> Policy:
+        """Load what `save_pretrained` wrote; no file content is executed.
+
+        Raises:
+            UserError: a file that is missing, cut short, or does not fit the configuration.
+        """
+        directory = Path(directory)
+        config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise UserError(f"{directory} is not a policy checkpoint: it has no {path.name}")
+        try:
+            content = json.loads(config_path.read_text())
+            metadata = content.pop("metadata", {})
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{config_path} is not a valid policy configuration: {error}") from error
+        policy = Policy.from_config(content)
+        try:
+            policy.load_state_dict(load_file(weights_path))
+        except Exception as error:  # safetensors and torch raise a family of their own kinds
+            detail = " ".join(str(error).split())[:300]
+            raise UserError(f"{weights_path} is damaged or does not fit {CONFIG_NAME}: {detail}") from error
+        policy.metadata = metadata
+        return policy.to(device).eval()

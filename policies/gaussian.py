@@ -1,0 +1,87 @@
+"""The Gaussian policy: the chain of one step that is plain continuous-control PPO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+from torch.nn import functional as F
+
+from policies.base import Policy, PolicyConfig, Sample, log_prob_factors
+from policies.networks.registry import build_head
+
+
+@dataclass(frozen=True)
+class GaussianConfig(PolicyConfig):
+    """Settings of a `GaussianPolicy`."""
+
+    network: Mapping[str, Any] = field(default_factory=lambda: {"type": "mlp"})
+    """The network as plain data, see `policies.networks.registry`."""
+    std: Literal["free", "state"] = "free"
+    """``free``: one learned std per chunk entry, whatever the state; ``state``: the network puts it out."""
+    initial_std: float = 1.0
+    """The std at the start, in normalised units."""
+    min_std: float = 0.01
+    """Floor of the std, approached smoothly so that its gradient never vanishes."""
+
+    adjustable: ClassVar[frozenset[str]] = frozenset({"executed", "min_std"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std not in ("free", "state"):
+            raise ValueError(f"std must be 'free' or 'state', not {self.std!r}")
+        if not 0 < self.min_std < self.initial_std:
+            raise ValueError(f"0 < min_std < initial_std must hold, not {self.min_std} and {self.initial_std}")
+
+
+class GaussianPolicy(Policy, type="gaussian"):
+    """A diagonal Gaussian over the action chunk in normalised units; std = min_std + softplus(raw)."""
+
+    Config = GaussianConfig
+    config: GaussianConfig
+    num_steps = 1
+
+    def __init__(self, config: GaussianConfig) -> None:
+        super().__init__(config)
+        self.latent_shape = (config.chunk, config.action_dim)
+        size = config.chunk * config.action_dim
+        outputs = 2 * size if config.std == "state" else size
+        self.network = build_head(config.network, config.history * config.obs_dim, outputs, output_gain=0.01)
+        start = math.log(math.expm1(config.initial_std - config.min_std))  # inverse of softplus
+        if config.std == "state":
+            with torch.no_grad():
+                self.network.output.bias[size:] = start
+        else:
+            self.raw_std = nn.Parameter(torch.full(self.latent_shape, start))
+
+    def _law(self, obs: Tensor) -> Normal:
+        out = self.network(self.normalize_obs(obs).flatten(1))
+        if self.config.std == "state":
+            out, raw_std = out.chunk(2, dim=1)
+            raw_std = raw_std.unflatten(1, self.latent_shape)
+        else:
+            raw_std = self.raw_std
+        std = self.config.min_std + F.softplus(raw_std)
+        return Normal(out.unflatten(1, self.latent_shape), std, validate_args=False)
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None) -> Sample:
+        law = self._law(obs)
+        noise = torch.zeros_like(law.mean)
+        if not deterministic:
+            noise = torch.randn(law.mean.shape, generator=generator, device=law.mean.device)
+        latent = law.mean + law.stddev * noise
+        chain = torch.stack([torch.zeros_like(latent), latent], dim=1)  # z_0 says nothing
+        return Sample(self.action.denormalize(latent[:, : self.config.executed_chunk]), chain, log_prob_factors(law, latent)[:, None])
+
+    def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
+        return Independent(self._law(obs), 2, validate_args=False)
+
+    def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Negative log-likelihood per action dimension, in normalised units."""
+        return -self._law(obs).log_prob(self.action.normalize(action)).mean()

@@ -1,0 +1,1 @@
+"""Networks, strangers to chains and schedules."""

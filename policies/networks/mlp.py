@@ -1,0 +1,179 @@
+"""Multilayer perceptrons, plain and residual, and the denoising network made of one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The shape of an `MLP`."""
+
+    hidden_dims: Sequence[int] = (256, 256)
+    """Widths of the hidden layers. Residual: all equal and odd in number (an input layer, then blocks of two)."""
+    activation: str = "relu"
+    """One of `ACTIVATIONS`."""
+    residual: bool = False
+    """Pre-activation residual blocks of two layers, x + l2(act(l1(act(x))))."""
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; known are {', '.join(ACTIVATIONS)}")
+        if not self.hidden_dims or any(width < 1 for width in self.hidden_dims):
+            raise ValueError(f"hidden_dims must name at least one positive width, not {list(self.hidden_dims)}")
+        if self.residual and (len(set(self.hidden_dims)) > 1 or len(self.hidden_dims) % 2 == 0):
+            raise ValueError(
+                f"a residual MLP needs an odd number of equal hidden_dims, such as [512, 512, 512], "
+                f"not {list(self.hidden_dims)}"
+            )
+
+
+class ResidualBlock(nn.Module):
+    """x + l2(act(l1(act(x))))."""
+
+    def __init__(self, width: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.l1 = nn.Linear(width, width)
+        self.l2 = nn.Linear(width, width)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.l2(self.activation(self.l1(self.activation(x))))
+
+
+class MLP(nn.Module):
+    """``trunk(input(x))``: the first layer stands apart so that a caller can compute its shares separately."""
+
+    def __init__(self, in_dim: int, out_dim: int, config: MLPConfig) -> None:
+        super().__init__()
+        activation = ACTIVATIONS[config.activation]
+        widths = list(config.hidden_dims)
+        self.input = nn.Linear(in_dim, widths[0])
+        if config.residual:  # no activation before the output layer: the original DPPO's residual MLP
+            blocks: list[nn.Module] = [ResidualBlock(widths[0], activation) for _ in range(len(widths) // 2)]
+        else:
+            blocks = [activation()]
+            for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+                blocks += [nn.Linear(width_in, width_out), activation()]
+        self.trunk = nn.Sequential(*blocks, nn.Linear(widths[-1], out_dim))
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        layer = self.trunk[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def orthogonal_init_(self, output_gain: float) -> None:
+        """Orthogonal weights of gain sqrt(2), the last layer's of ``output_gain``; zero biases (Engstrom et al. 2020)."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight, output_gain if layer is self.output else math.sqrt(2))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(self.input(x))
+
+
+def sinusoidal_embedding(steps: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of geometrically spaced frequencies (Vaswani et al. 2017): [S] -> [S, dim], dim even."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000) / (half - 1)))
+    angles = steps.float()[:, None] * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+@dataclass(frozen=True)
+class DenoisingMLPConfig(MLPConfig):
+    """The shape of a `DenoisingMLP`."""
+
+    hidden_dims: Sequence[int] = (256, 256, 256)
+    residual: bool = True
+    step_dim: int = 16
+    """Dimension of the embedding of a denoising step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.step_dim < 4 or self.step_dim % 2:
+            raise ValueError(f"step_dim must be even and at least 4, not {self.step_dim}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Shares of a `DenoisingMLP`'s first layer that stay the same along a chain."""
+
+    obs: Tensor
+    """[B, H]: what the observation adds, with the bias."""
+    steps: Tensor
+    """[S, H]: what each denoising step adds."""
+
+
+class DenoisingMLP(nn.Module):
+    """The noise (or sample, or velocity) that a chunk holds, given the observation and the denoising step.
+
+    The input of the first layer is [flattened chunk, step embedding, flattened observation history]. Its product is a
+    sum of three shares, so the embedding network runs on a table of ``num_timesteps`` rows, never on the batch, and the
+    observation's share is computed once for a whole chain (`prepare`).
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self, latent_shape: tuple[int, int], obs_dim: int, num_timesteps: int, config: DenoisingMLPConfig
+    ) -> None:
+        """``obs_dim`` is that of the flattened history, To * Do."""
+        super().__init__()
+        self.latent_shape = latent_shape
+        self.latent_dim = latent_shape[0] * latent_shape[1]
+        dim = config.step_dim
+        self.step_encoder = nn.Sequential(nn.Linear(dim, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
+        self.mlp = MLP(self.latent_dim + dim + obs_dim, self.latent_dim, config)
+        self.register_buffer("steps", sinusoidal_embedding(torch.arange(num_timesteps), dim), persistent=False)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The first layer's weights by input: latent [H, Ta*Da], step [H, step_dim], observation [H, To*Do]."""
+        weight, dim = self.mlp.input.weight, self.steps.shape[1]
+        latent, step, obs = weight.split([self.latent_dim, dim, weight.shape[1] - self.latent_dim - dim], dim=1)
+        return latent, step, obs
+
+    def _step_shares(self) -> Tensor:
+        return F.linear(self.step_encoder(self.steps), self._weights()[1])  # [S, H]
+
+    def forward(self, latent: Tensor, timestep: Tensor, obs: Tensor) -> Tensor:
+        """latent [B, Ta, Da], timestep [B] integers, obs [B, To*Do] -> [B, Ta, Da].
+
+        A one-hot row picks the step's share inside the same matrix product as the other inputs: no gather forward, no
+        scatter backward.
+        """
+        latent_weight, _, obs_weight = self._weights()
+        shares = self._step_shares()
+        one_hot = F.one_hot(timestep, shares.shape[0]).to(latent.dtype)
+        inputs = torch.cat([latent.flatten(1), one_hot, obs], dim=1)
+        weight = torch.cat([latent_weight, shares.T, obs_weight], dim=1)
+        hidden = F.linear(inputs, weight, self.mlp.input.bias)
+        return self.mlp.trunk(hidden).unflatten(1, self.latent_shape)
+
+    def prepare(self, obs: Tensor) -> Prepared:
+        """What `forward_prepared` needs for a whole chain on the observations [B, To*Do]."""
+        return Prepared(F.linear(obs, self._weights()[2], self.mlp.input.bias), self._step_shares())
+
+    def forward_prepared(self, latent: Tensor, timestep: int, prepared: Prepared) -> Tensor:
+        """`forward` where the whole batch is at one timestep."""
+        share = prepared.obs + prepared.steps[timestep]
+        hidden = torch.addmm(share, latent.flatten(1), self._weights()[0].T)
+        return self.mlp.trunk(hidden).unflatten(1, self.latent_shape)

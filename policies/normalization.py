@@ -1,0 +1,66 @@
+"""Observation and action scaling; buffers of the policy, so that they are saved with its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Affine(nn.Module):
+    """x -> (x - shift) / scale, per dimension; the identity until `fit`."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def fit(self, low: Tensor, high: Tensor) -> None:
+        """Map [low, high] (each [dim]) to [-1, 1]; a dimension that never varies is only centred."""
+        half = (high - low) / 2
+        self.shift.copy_((high + low) / 2)
+        self.scale.copy_(torch.where(half > 1e-6, half, torch.ones_like(half)))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return (x - self.shift) / self.scale
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+class RunningStandardizer(nn.Module):
+    """Standardises with the mean and variance of everything that `update` has seen, clipped to +-``clip``.
+
+    Merging of batch moments after Chan et al. 1979. The statistics change in `update` only, so they are frozen during a
+    policy update.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, dim: int, clip: float = 10.0) -> None:
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Merge the moments of a batch [B, dim]."""
+        x = x.double()
+        batch = x.shape[0]
+        total = self.count + batch
+        delta = x.mean(0) - self.mean
+        between = delta.square() * self.count * batch / total
+        summed = self.variance * self.count + x.var(0, unbiased=False) * batch + between
+        self.variance.copy_(summed / total)
+        self.mean.add_(delta * batch / total)
+        self.count.copy_(total)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        scale = (self.variance + 1e-8).rsqrt().to(x.dtype)
+        return ((x - self.mean.to(x.dtype)) * scale).clamp(-self.clip, self.clip)

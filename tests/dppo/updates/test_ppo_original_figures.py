@@ -1,0 +1,70 @@
+"""The losses and gradients of PPO are those that the original DPPO implementation was recorded with."""
+
+import pytest
+import torch
+from original import CASES, Figures, new_name
+
+from dppo.critic import Critic
+from dppo.surrogates import value_loss
+from dppo.updates.batch import Batch
+from dppo.updates.ppo import PPO, PPOConfig
+
+
+def recorded_ppo(figures: Figures) -> tuple[PPO, Batch, torch.Tensor, torch.Tensor]:
+    """PPO with the recorded settings and weights, and its pairs as a batch of one row per pair."""
+    c = figures.config
+    policy = figures.policy("actor_moved.")
+    network = {"type": "mlp", "hidden_dims": [16, 16, 16], "activation": "mish", "residual": True}
+    critic = Critic(network, c["To"], c["Do"])
+    critic.network.load_state_dict(
+        {new_name(f"mlp_mean.{k}").removeprefix("mlp."): v for k, v in figures.renamed("critic.Q1.").items()}
+    )
+    config = PPOConfig(
+        inner_gamma=c["gamma_denoising"],
+        clip=c["clip"],
+        clip_base=c["clip_base"],
+        clip_rate=c["clip_rate"],
+        log_ratio="mean",
+        log_prob_clamp=(-5, 2),
+    )
+    rows, steps = figures["loss_env_index"], figures["loss_step_index"]
+    batch = Batch(
+        obs=figures["obs"][rows],
+        chain=figures["chain"][rows],
+        log_prob_factors=figures["log_prob"][rows],
+        advantages=figures["loss_advantages"],
+        returns=figures["loss_returns"],
+        values=figures["loss_old_values"],
+    )
+    return PPO(config, policy, critic, torch.Generator()), batch, torch.arange(len(rows)), steps
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_policy_loss_and_its_statistics_are_the_recorded_ones(case: str) -> None:
+    figures = Figures(case)
+    ppo, batch, rows, steps = recorded_ppo(figures)
+    result = ppo.policy_loss(batch, rows, steps)
+    torch.testing.assert_close(result.loss, figures["loss.pg_loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.approx_kl, figures["loss.approx_kl"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(result.clip_fraction, figures["loss.clip_fraction"])
+    torch.testing.assert_close(result.log_ratios.exp().mean(), figures["loss.ratio_mean"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_value_loss_is_the_recorded_one(case: str) -> None:
+    figures = Figures(case)
+    ppo, batch, rows, _ = recorded_ppo(figures)
+    torch.testing.assert_close(ppo.value_loss(batch, rows), figures["loss.v_loss"], rtol=1e-5, atol=1e-6)
+    assert value_loss(batch.returns, batch.returns, batch.values) == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_of_the_policy_loss_is_the_recorded_one(case: str) -> None:
+    figures = Figures(case)
+    ppo, batch, rows, steps = recorded_ppo(figures)
+    ppo.policy_loss(batch, rows, steps).loss.backward()
+    recorded = figures.renamed("grad.actor.")
+    gradients = {name: parameter.grad for name, parameter in ppo.policy.network.named_parameters()}
+    assert gradients.keys() == recorded.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, recorded[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
