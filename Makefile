@@ -9,6 +9,7 @@
 # TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
 #                         what to install as PyTorch. It is used only where .venv has no torch yet, so that one you
 #                         installed yourself stays. Default: the tested version, without CUDA where there is no NVIDIA GPU.
+# TORCH=                  leave that to pip
 
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
@@ -56,7 +57,7 @@ $(BIN)/python:
 # NVIDIA GPU, and passed over where it cannot be reached.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@grep -v '^torch==' constraints.txt > .venv/constraints.txt
-	@if ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	@if [ -n "$(TORCH)" ] && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
 		index=; \
 		if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 			'from urllib.request import urlopen; urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; \

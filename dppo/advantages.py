@@ -21,7 +21,7 @@ def gae(
     Args:
         rewards: [T, N].
         values: [T, N], V(s_t).
-        next_values: [T, N], V of the true successor: at a truncation that of the final observation, not of the reset one.
+        next_values: [T, N], V of the true successor: at a truncation the final observation's, not the reset one's.
         terminated: [T, N] bool; stops the bootstrap.
         truncated: [T, N] bool; cuts the lambda-sum but keeps the bootstrap.
         gamma: discount per row.

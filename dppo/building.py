@@ -90,7 +90,7 @@ def starting_policy(config: Plain, task: Task, overridden: Collection[str]) -> P
     if config["checkpoint"] == SCRATCH:
         return scratch_policy(config, task)
     directory = find_policy(config["checkpoint"], task.name)
-    policy, trained_for = load_policy(directory)
+    policy, _ = load_policy(directory)
     if config["policy"]["type"] != policy.type and "policy" in overridden:
         raise UserError(
             f"{directory} holds a {policy.type} policy, not a {config['policy']['type']} one; leave policy=... out, or "

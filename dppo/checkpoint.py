@@ -1,4 +1,4 @@
-"""Checkpoints on disk: ``policy/`` (the policy alone, Hugging Face layout) and ``trainer/`` (all else that training needs)."""
+"""Checkpoints on disk: ``policy/`` (the policy alone, Hugging Face layout) and ``trainer/`` (all else of training)."""
 
 from __future__ import annotations
 

@@ -74,7 +74,9 @@ def _run(command: str, overrides: list[str]) -> int:
         print(import_module("importlib.metadata").version("dppo"))
         return 0
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}{near_misses(command, COMMANDS)}; there are: {', '.join(COMMANDS)}")
+        raise UserError(
+            f"unknown command {command!r}{near_misses(command, COMMANDS)}; there are: {', '.join(COMMANDS)}"
+        )
     if any(option in overrides for option in ("-h", "--help")):
         print(_command_help(command))
         return 0
@@ -99,7 +101,12 @@ def _run(command: str, overrides: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = ["Fine-tune diffusion policies with reinforcement learning.", "", "usage: dppo <command> [key=value ...]", ""]
+    lines = [
+        "Fine-tune diffusion policies with reinforcement learning.",
+        "",
+        "usage: dppo <command> [key=value ...]",
+        "",
+    ]
     lines += [f"  {name:10}{about}" for name, (about, _) in COMMANDS.items()]
     first = [_examples(name)[0] for name in COMMANDS]
     lines += ["", "examples:", *(f"  {line}" for line in first), "", "`dppo <command> --help` tells more about each."]
@@ -118,7 +125,7 @@ def _command_help(command: str) -> str:
         lines += [f"  {group}={'|'.join(options(group))}" for group in groups]
         lines += [""]
     text = (config_directory() / f"{command}.yaml").read_text()
-    settings = [line for line in text.split("\n\n", 1)[-1].splitlines()] if groups else text.splitlines()
+    settings = (text.split("\n\n", 1)[-1] if groups else text).splitlines()
     lines += ["settings and their defaults:", *(f"  {line}" for line in settings), ""]
     lines += ["--show prints the whole configuration, with the choices' own settings, and stops."]
     return "\n".join(lines)

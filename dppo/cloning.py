@@ -130,9 +130,7 @@ class Cloner:
         if self.validation is None:
             return None
         generator = torch.Generator(self.device).manual_seed(self.validation_seed)
-        indices = torch.randint(
-            len(self.validation), (VALIDATION_SAMPLES,), generator=generator, device=self.device
-        )
+        indices = torch.randint(len(self.validation), (VALIDATION_SAMPLES,), generator=generator, device=self.device)
         return float(self.averaged.imitation_loss(*self.validation.batch(indices), generator=generator))
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,8 +37,7 @@ def compose_config(command: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"cannot read the override: {_one_line(error)}") from error
         known = set(_keys(compose(command))) | set(groups_of(command))
         for override in parsed:
-            key = override.key_or_group
-            _check_group_choice(key, override.value() if isinstance(override.value(), str) else None, known)
+            _check_group_choice(override.key_or_group, override.value())
         try:
             config = compose(command, list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
@@ -74,11 +73,11 @@ def groups_of(command: str) -> list[str]:
     return re.findall(r"^  - (?:optional |override /)?(\w+): ", text, flags=re.MULTILINE)
 
 
-def _check_group_choice(key: str, value: str | None, known: set[str]) -> None:
-    if not (config_directory() / key).is_dir() or value is None or value == "null":
-        return
-    if value not in options(key):
-        raise UserError(f"unknown {key} {value!r}{near_misses(value, options(key))}; there are: {', '.join(options(key))}")
+def _check_group_choice(key: str, value: Any) -> None:
+    if (config_directory() / key).is_dir() and isinstance(value, str) and value not in options(key):
+        raise UserError(
+            f"unknown {key} {value!r}{near_misses(value, options(key))}; there are: {', '.join(options(key))}"
+        )
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -34,7 +34,10 @@ class EvaluationConfig:
 
 
 def evaluate(
-    policy: Policy, task: Task, config: EvaluationConfig, on_episode: Callable[[EpisodeResult], None] = lambda episode: None
+    policy: Policy,
+    task: Task,
+    config: EvaluationConfig,
+    on_episode: Callable[[EpisodeResult], None] = lambda episode: None,
 ) -> tuple[EvaluationSummary, list[EpisodeResult]]:
     """Run the deterministic policy; its summary and the episodes, in order of environment, then time."""
     num_envs = min(config.num_envs, config.episodes)
@@ -50,7 +53,7 @@ def evaluate(
     try:
         actor.reset(config.seed)
         while any(len(of_env) < quota for of_env in episodes):
-            for episode in actor.act(policy, deterministic=True)[3]:
+            for episode in actor.act(policy, deterministic=True).episodes:
                 if len(episodes[episode.env]) < quota:
                     episodes[episode.env].append(episode)
                     on_episode(episode)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from dppo.metrics import Row
 from dppo.statistics import EvaluationSummary, Interval
@@ -47,8 +48,8 @@ def count(value: float) -> str:
 
 
 def small(value: float) -> str:
-    """As 0.0042."""
-    return f"{value:.4f}"
+    """As 0.0042, or 4.2e-05 where that would be nothing."""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 COLUMNS = {
@@ -176,7 +177,7 @@ def final_table(
         cells = [_with_interval(summary.return_mean, summary.return_ci95, number)]
         if has_success:
             cells.append(_with_interval(summary.success_rate, summary.success_ci95, percent))
-        table.add_row(name, *cells, str(summary.episodes))
+        table.add_row(*map(Text, (name, *cells, str(summary.episodes))))
     console.print(table)
 
     facts = {name.replace("_", " "): _pace(amount, seconds) for name, amount in counts.items()}

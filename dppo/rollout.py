@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -77,8 +77,22 @@ class Rollout:
     """Episodes that ended in this rollout."""
     env_steps: int
     """Environment steps executed."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock per phase: ``environment``, ``sampling``."""
+    environment_s: float
+    """Wall-clock that the environments took."""
+
+
+@dataclass(frozen=True)
+class Acted:
+    """One chunk step of N environments."""
+
+    obs: Tensor
+    """[N, To, Do], what the policy saw."""
+    sample: Sample
+    step: Step
+    episodes: list[EpisodeResult]
+    """Those that it ended."""
+    environment_s: float
+    """Wall-clock that the environments took."""
 
 
 class Actor:
@@ -95,40 +109,28 @@ class Actor:
         self.obs = self.env.reset(seed)
         self.tracker = EpisodeTracker(self.env.num_envs, self.tracker.success_reward)
 
-    def act(
-        self, policy: Policy, *, deterministic: bool = False
-    ) -> tuple[Tensor, Sample, Step, list[EpisodeResult], tuple[float, float]]:
-        """One chunk step: observation, sample, its outcome, the episodes it ended, seconds of sampling and environment."""
+    def act(self, policy: Policy, *, deterministic: bool = False) -> Acted:
+        """One chunk step in every environment."""
         if self.obs is None:
             raise RuntimeError("reset the environments before acting")
-        began = time.perf_counter()
         obs = torch.from_numpy(self.obs).to(self.generator.device)
         sample = policy.sample(obs, deterministic=deterministic, generator=self.generator)
         action = sample.action.cpu().numpy()
         sampled = time.perf_counter()
         step = self.env.step(action)
         self.obs = step.obs
-        return obs, sample, step, self.tracker.update(step), (sampled - began, time.perf_counter() - sampled)
+        return Acted(obs, sample, step, self.tracker.update(step), time.perf_counter() - sampled)
 
 
 def collect_rollout(
     actor: Actor, policy: Policy, steps: int, on_step: Callable[[int], None] = lambda env_steps: None
 ) -> Rollout:
     """``steps`` chunk steps of the exploring policy; ``on_step`` hears how many environment steps each one took."""
-    samples: list[Sample] = []
-    outcomes: list[Step] = []
-    seen: list[Tensor] = []
-    episodes: list[EpisodeResult] = []
-    seconds = np.zeros(2)
+    acted: list[Acted] = []
     for _ in range(steps):
-        obs, sample, step, finished, spent = actor.act(policy)
-        seen.append(obs)
-        samples.append(sample)
-        outcomes.append(step)
-        episodes += finished
-        seconds += spent
-        on_step(int(step.steps.sum()))
-
+        acted.append(actor.act(policy))
+        on_step(int(acted[-1].step.steps.sum()))
+    outcomes, samples = [one.step for one in acted], [one.sample for one in acted]
     device = actor.generator.device
 
     def stacked(name: str) -> np.ndarray:
@@ -136,7 +138,7 @@ def collect_rollout(
 
     truncated_obs = np.concatenate([step.final_obs[step.truncated] for step in outcomes])
     return Rollout(
-        obs=torch.stack(seen),
+        obs=torch.stack([one.obs for one in acted]),
         chain=torch.stack([sample.chain for sample in samples]),
         log_prob_factors=torch.stack([sample.log_prob_factors for sample in samples]),
         rewards=torch.from_numpy(stacked("step_rewards").sum(2)).float().to(device),
@@ -145,7 +147,7 @@ def collect_rollout(
         valid=torch.from_numpy(stacked("valid")).to(device),
         last_obs=torch.from_numpy(outcomes[-1].obs).to(device),
         truncated_obs=torch.from_numpy(truncated_obs).to(device),
-        episodes=episodes,
+        episodes=[episode for one in acted for episode in one.episodes],
         env_steps=int(stacked("steps").sum()),
-        seconds={"sampling": float(seconds[0]), "environment": float(seconds[1])},
+        environment_s=sum(one.environment_s for one in acted),
     )

@@ -37,7 +37,7 @@ def log_ratio(
     return difference.sum(1) if reduction == "sum" else difference.mean(1)
 
 
-def clipped_loss(log_ratios: Tensor, advantages: Tensor, clip: Tensor | float) -> Tensor:
+def clipped_loss(log_ratios: Tensor, advantages: Tensor, clip: Tensor) -> Tensor:
     """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated, per sample [B]; ``clip`` broadcasts to [B]."""
     ratio = log_ratios.exp()
     clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
@@ -62,7 +62,7 @@ def approximate_kl(log_ratios: Tensor) -> Tensor:
 
 
 def value_loss(values: Tensor, returns: Tensor, old_values: Tensor, clip: float | None = None) -> Tensor:
-    """Half the mean squared error; with ``clip`` the worse of that and of the value moved at most ``clip`` from the old."""
+    """Half the mean squared error; with ``clip``, the worse of that and of the value moved at most ``clip``."""
     error = (values - returns).square()
     if clip is not None:
         limited = old_values + (values - old_values).clamp(-clip, clip)

@@ -46,6 +46,7 @@ BACKEND_LIBRARIES = {
 OTHER_BACKENDS = ("glfw", "glx", "enable", "enabled", "on", "true", "1")
 DISABLED = ("disable", "disabled", "off", "false", "0")
 
+PROBE_TIMEOUT = 60.0
 PROBE = """
 import os
 try:
@@ -117,7 +118,7 @@ def _probe(backend: str) -> str | None:
     environment = {**os.environ, "MUJOCO_GL": backend}
     try:
         command = [sys.executable, "-c", PROBE]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT)
     except subprocess.TimeoutExpired:
         return f"OpenGL does not answer (MUJOCO_GL={backend})"
     if result.returncode == 0:
@@ -160,6 +161,7 @@ def record_video(
                     for frame in camera.take():
                         write(_captioned(frame, caption) if caption else frame)
     except Exception as error:  # whatever a simulator, a driver or a missing package comes up with
+        log.debug("recording failed", exc_info=True)
         _warn_once(f"no video: {' '.join(str(error).split()) or type(error).__name__}")
         return None
     return path
@@ -197,7 +199,8 @@ class Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
     def _shoot(self) -> None:
         frame = self.env.render()
         if not isinstance(frame, np.ndarray):
-            raise UserError(f"{self.env} does not render pictures")
+            name = self.env.spec.id if self.env.spec is not None else str(self.env.unwrapped)
+            raise UserError(f"{name} does not render pictures")
         self._frames.append(frame)
 
 
@@ -230,12 +233,18 @@ def _writer(path: Path, fps: float) -> Iterator[Callable[[np.ndarray], None]]:
 
     unfinished = path.with_name(f".{path.name}")
     try:
-        # Blocks of 2, not 16: H.264 needs even sizes, and no frame needs rescaling for more.
-        with imageio.get_writer(unfinished, fps=fps, codec="libx264", macro_block_size=2) as writer:
-            yield writer.append_data  # pyright: ignore[reportAttributeAccessIssue]
+        # Closed by us, because the writer's own context manager leaves ffmpeg running after an error.
+        with closing(imageio.get_writer(unfinished, fps=fps, codec="libx264", macro_block_size=2)) as writer:
+            yield lambda frame: writer.append_data(_even(frame))  # pyright: ignore[reportAttributeAccessIssue]
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _even(frame: np.ndarray) -> np.ndarray:
+    """The frame without an odd last row or column, which H.264 cannot hold."""
+    height, width = frame.shape[:2]
+    return frame[: height // 2 * 2, : width // 2 * 2]
 
 
 def _captioned(frame: np.ndarray, caption: str) -> np.ndarray:

@@ -118,14 +118,14 @@ class Policy(nn.Module):
         self.metadata: dict[str, Any] = {}
         """Anything that travels with the weights, e.g. the task the policy was trained for."""
         self.observation: Affine | RunningStandardizer
-        self.observation = Affine(config.obs_dim) if config.observation_scaling == "min_max" else RunningStandardizer(config.obs_dim)
+        self.observation = (
+            Affine(config.obs_dim) if config.observation_scaling == "min_max" else RunningStandardizer(config.obs_dim)
+        )
         self.action = None if self.discrete else Affine(config.action_dim)
 
     # --- the interface that rollouts and update rules use -------------------------------------------------------
 
-    def sample(
-        self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None
-    ) -> Sample:
+    def sample(self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None) -> Sample:
         """Draw an action for each observation.
 
         Args:

@@ -45,10 +45,10 @@ class CategoricalPolicy(Policy, type="categorical"):
     @torch.no_grad()
     def sample(self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None) -> Sample:
         law = self._law(obs)
-        if deterministic:
-            action = law.probs.argmax(-1)
-        else:
-            action = torch.multinomial(law.probs, 1, generator=generator)[:, 0]
+        drawn = law.probs.argmax(-1, keepdim=True)
+        if not deterministic:
+            drawn = torch.multinomial(law.probs, 1, generator=generator)
+        action = drawn[:, 0]
         chain = torch.stack([torch.zeros_like(action), action], dim=1)  # [B, 2]; z_0 says nothing
         return Sample(action, chain, law.log_prob(action)[:, None])
 

@@ -24,6 +24,7 @@ from policies.base import Policy, PolicyConfig, Sample
 from policies.errors import UserError
 from policies.networks.mlp import DenoisingMLP
 from policies.networks.registry import build_denoiser
+from policies.normalization import Affine
 from policies.schedules import BetaSchedule, Prediction, ddpm_table, training_target
 
 EVALUATION_STD = 1e-3
@@ -78,6 +79,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
     Config = DiffusionConfig
     config: DiffusionConfig
 
+    action: Affine
     scoring_std: Tensor
     alpha_bar: Tensor
     mean_coefficients: Tensor
@@ -114,8 +116,8 @@ class DiffusionPolicy(Policy, type="diffusion"):
             weights.update({name.replace("network.", "frozen.", 1): weight for name, weight in trained.items()})
         elif self.num_steps != other.num_steps:
             raise UserError(
-                f"policy.finetuned_steps={other.num_steps} does not fit a checkpoint that was already fine-tuned on its "
-                f"last {self.num_steps} steps; leave it out, or start from the pretrained checkpoint"
+                f"policy.finetuned_steps={other.num_steps} does not fit a checkpoint that was already fine-tuned on "
+                f"its last {self.num_steps} steps; leave it out, or start from the pretrained checkpoint"
             )
         return weights
 

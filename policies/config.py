@@ -31,9 +31,7 @@ def config_from_dict(cls: type[Record], values: Mapping[str, Any], where: str) -
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f"{where} lacks the setting {missing[0]!r}")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from policies.base import Policy, PolicyConfig, Sample, log_prob_factors
 from policies.networks.registry import build_head
+from policies.normalization import Affine
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class GaussianPolicy(Policy, type="gaussian"):
 
     Config = GaussianConfig
     config: GaussianConfig
+    action: Affine
     num_steps = 1
 
     def __init__(self, config: GaussianConfig) -> None:
@@ -77,7 +79,11 @@ class GaussianPolicy(Policy, type="gaussian"):
             noise = torch.randn(law.mean.shape, generator=generator, device=law.mean.device)
         latent = law.mean + law.stddev * noise
         chain = torch.stack([torch.zeros_like(latent), latent], dim=1)  # z_0 says nothing
-        return Sample(self.action.denormalize(latent[:, : self.config.executed_chunk]), chain, log_prob_factors(law, latent)[:, None])
+        return Sample(
+            self.action.denormalize(latent[:, : self.config.executed_chunk]),
+            chain,
+            log_prob_factors(law, latent)[:, None],
+        )
 
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
         return Independent(self._law(obs), 2, validate_args=False)

@@ -16,7 +16,6 @@ from dppo.plots import learning_curve
 from dppo.report import Progress, final_table
 from dppo.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
-from dppo.statistics import EvaluationSummary
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.ppo import PPOConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class MLP(nn.Module):
             blocks: list[nn.Module] = [ResidualBlock(widths[0], activation) for _ in range(len(widths) // 2)]
         else:
             blocks = [activation()]
-            for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+            for width_in, width_out in pairwise(widths):
                 blocks += [nn.Linear(width_in, width_out), activation()]
         self.trunk = nn.Sequential(*blocks, nn.Linear(widths[-1], out_dim))
 
@@ -80,7 +81,7 @@ class MLP(nn.Module):
         return layer
 
     def orthogonal_init_(self, output_gain: float) -> None:
-        """Orthogonal weights of gain sqrt(2), the last layer's of ``output_gain``; zero biases (Engstrom et al. 2020)."""
+        """Orthogonal weights of gain sqrt(2), in the last layer ``output_gain``; zero biases (Engstrom et al. 2020)."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.orthogonal_(layer.weight, output_gain if layer is self.output else math.sqrt(2))

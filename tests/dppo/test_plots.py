@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 from matplotlib.figure import Figure
 
@@ -97,9 +94,3 @@ def test_a_loss_that_becomes_negative_is_drawn_whole(figures, tmp_path):
     pretraining_curve([{"updates": 1, "train_loss": 0.5}, {"updates": 2, "train_loss": -0.5}], tmp_path / "curve.png")
     assert figures[0].axes[0].get_yscale() == "linear"
     assert points(figures[0].axes[0], "training") == [[1, 0.5], [2, -0.5]]
-
-
-def test_importing_the_module_does_not_import_matplotlib():
-    code = "import sys, dppo.plots, dppo.metrics, dppo.report; print({'matplotlib', 'tensorboard', 'scipy'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dppo.report import HEADER_EVERY, Progress, bar, duration, final_table, number
+from dppo.report import HEADER_EVERY, Progress, bar, duration, final_table, number, small
 from dppo.statistics import summarize
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -41,7 +41,7 @@ def test_a_log_file_gets_plain_lines_that_are_not_wrapped():
     assert not CONTROL.search(text)
     header, line = text.splitlines()
     assert header.split() == ["iter", "env", "steps", "return", "success", "KL", "clipped", "steps/s", "done", "left"]
-    assert line.split()[:-1] == "1 1,000 1,234 25 % 0.0042 10 % 512 25 %".split()
+    assert line.split()[:-1] == ["1", "1,000", "1,234", "25", "%", "0.0042", "10", "%", "512", "25", "%"]
     assert max(len(header), len(line)) <= 80
 
 
@@ -112,7 +112,7 @@ def test_the_final_table_shows_evaluations_pace_and_whole_paths():
     screen = Screen(terminal=False)
     path = Path("runs") / ("long-name-" * 10) / "curve [1].png"
     final_table(
-        {"before": before, "after": after},
+        {"before": before, "runs/[a]/after": after},
         env_steps=6000,
         seconds=60.0,
         paths={"learning curve": path},
@@ -120,8 +120,8 @@ def test_the_final_table_shows_evaluations_pace_and_whole_paths():
     )
     text = screen.text
     assert not CONTROL.search(text)
-    assert re.search(r"before\s+2\.00 \[1\.00, 3\.00\]\s+0 % \[0 %, 66 %\]\s+2\n", text)
-    assert re.search(r"after\s+2,000\s+100 % \[21 %, 100 %\]\s+1\n", text)
+    assert re.search(r"before\s+2\.00 \[1\.00, 3\.00\]\s+0 % \[0 %, 66 %\]\s+2 *\n", text)
+    assert re.search(r"runs/\[a\]/after\s+2,000\s+100 % \[21 %, 100 %\]\s+1 *\n", text)
     assert re.search(r"env steps\s+6,000 in 1:00, 100 per second\n", text)
     assert f"learning curve  {path}\n" in text
 
@@ -141,3 +141,8 @@ def test_durations_read_like_a_clock(seconds, text):
 @pytest.mark.parametrize(("value", "text"), [(3.123, "3.12"), (-31.26, "-31.3"), (12345.6, "12,346")])
 def test_numbers_keep_about_four_digits(value, text):
     assert number(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0042, "0.0042"), (4.2e-5, "4.2e-05"), (0.0, "0.0000")])
+def test_a_small_kl_is_not_shown_as_none(value, text):
+    assert small(value) == text
