@@ -93,12 +93,11 @@ class Cloner:
         if not np.isfinite(train_loss):
             raise UserError(f"the imitation loss became {train_loss}; lower learning_rate")
         self.wall_clock_s += time.perf_counter() - began
-        samples = self.config.batch_size * updates
         return {
             "updates": self.updates,
             "epoch": self.updates * self.config.batch_size / len(self.train),
             "wall_clock_s": self.wall_clock_s,
-            "samples_per_s": samples / (time.perf_counter() - began),
+            "updates_per_s": updates / (time.perf_counter() - began),
             "train_loss": train_loss,
             "validation_loss": self._validation_loss(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],

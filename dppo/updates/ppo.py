@@ -90,7 +90,7 @@ class PolicyLoss:
 
 
 class PPO:
-    """Minibatch epochs with Adam on the clipped surrogate; beside it the critic, each environment step once an epoch."""
+    """Minibatch epochs with Adam on the clipped surrogate; beside it the critic, each row once an epoch."""
 
     def __init__(self, config: PPOConfig, policy: Policy, critic: Critic, generator: torch.Generator) -> None:
         """``generator`` draws the minibatches."""
