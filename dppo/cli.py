@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from textwrap import dedent
+from typing import NoReturn
 
 from policies.errors import UserError
 
@@ -82,13 +85,9 @@ def _run(command: str, overrides: list[str]) -> int:
         return 0
     from dppo.configuration import compose_config, overridden_keys
 
-    show = "--show" in overrides
-    overrides = [override for override in overrides if override != "--show"]
-    for override in overrides:
-        if override.startswith("-"):
-            raise UserError(f"unknown option {override}; settings are given as key=value, see `dppo {command} --help`")
-    config = compose_config(command, overrides)
-    if show:
+    options, overrides = _options(command, overrides)
+    config = compose_config(command, overrides, options.config_dir)
+    if options.show:
         import yaml
 
         print(yaml.safe_dump(config, sort_keys=False), end="")
@@ -98,6 +97,23 @@ def _run(command: str, overrides: list[str]) -> int:
     choose_gl_backend()
     import_module(f"dppo.commands.{command}").run(config, overridden_keys(overrides))
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; settings are given as key=value, see `{self.prog} --help`")
+
+
+def _options(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the overrides that stand between them."""
+    parser = _Parser(prog=f"dppo {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    return options, options.overrides
 
 
 def _overview() -> str:
@@ -117,7 +133,7 @@ def _command_help(command: str) -> str:
     from dppo.configuration import config_directory, groups_of, options
 
     about, _ = COMMANDS[command]
-    lines = [f"dppo {command}: {about}", "", f"usage: dppo {command} [key=value ...] [--show]", ""]
+    lines = [f"dppo {command}: {about}", "", f"usage: dppo {command} [key=value ...] [--show] [--config-dir DIR]", ""]
     lines += ["examples:", *(f"  {line}" for line in _examples(command)), ""]
     groups = groups_of(command)
     if groups:
@@ -128,6 +144,8 @@ def _command_help(command: str) -> str:
     settings = (text.split("\n\n", 1)[-1] if groups else text).splitlines()
     lines += ["settings and their defaults:", *(f"  {line}" for line in settings), ""]
     lines += ["--show prints the whole configuration, with the choices' own settings, and stops."]
+    if groups:
+        lines += ["--config-dir DIR adds your own choices, e.g. DIR/task/mine.yaml for task=mine."]
     return "\n".join(lines)
 
 

@@ -24,12 +24,20 @@ def config_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def compose_config(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+def compose_config(command: str, overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
     """The resolved configuration of a command as plain data.
+
+    Args:
+        command: a file of the configuration directory.
+        overrides: ``key=value`` as of Hydra.
+        extra: a directory with more choices, e.g. ``task/mine.yaml``.
 
     Raises:
         UserError: an override that is malformed, or names something unknown.
     """
+    if extra is not None and not extra.is_dir():
+        raise UserError(f"--config-dir {extra} is not a directory")
+    search = [] if extra is None else [f"hydra.searchpath=['file://{extra.resolve()}']"]
     with initialize_config_dir(str(config_directory().resolve()), version_base="1.3"):
         try:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -37,9 +45,9 @@ def compose_config(command: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"cannot read the override: {_one_line(error)}") from error
         known = set(_keys(compose(command))) | set(groups_of(command))
         for override in parsed:
-            _check_group_choice(override.key_or_group, override.value())
+            _check_group_choice(override.key_or_group, override.value(), extra)
         try:
-            config = compose(command, list(overrides))
+            config = compose(command, [*search, *overrides])
         except (HydraException, OmegaConfBaseException) as error:
             for override in parsed:
                 key = override.key_or_group
@@ -62,9 +70,10 @@ def overridden_keys(overrides: Sequence[str]) -> set[str]:
     return {override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))}
 
 
-def options(group: str) -> list[str]:
-    """The choices of a configuration group."""
-    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
+def options(group: str, extra: Path | None = None) -> list[str]:
+    """The choices of a configuration group, those in the directory ``extra`` included."""
+    directories = [config_directory()] if extra is None else [config_directory(), extra]
+    return sorted({path.stem for directory in directories for path in (directory / group).glob("*.yaml")})
 
 
 def groups_of(command: str) -> list[str]:
@@ -73,11 +82,10 @@ def groups_of(command: str) -> list[str]:
     return re.findall(r"^  - (?:optional |override /)?(\w+): ", text, flags=re.MULTILINE)
 
 
-def _check_group_choice(key: str, value: Any) -> None:
-    if (config_directory() / key).is_dir() and isinstance(value, str) and value not in options(key):
-        raise UserError(
-            f"unknown {key} {value!r}{near_misses(value, options(key))}; there are: {', '.join(options(key))}"
-        )
+def _check_group_choice(key: str, value: Any, extra: Path | None) -> None:
+    known = options(key, extra)
+    if (config_directory() / key).is_dir() and isinstance(value, str) and value not in known:
+        raise UserError(f"unknown {key} {value!r}{near_misses(value, known)}; there are: {', '.join(known)}")
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

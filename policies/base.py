@@ -87,6 +87,9 @@ class PolicyConfig:
     """Fields that may change when a trained policy is fine-tuned; all others are fixed by its weights."""
 
     def __post_init__(self) -> None:
+        for name in ("obs_dim", "action_dim", "history", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.executed is not None and not 1 <= self.executed <= self.chunk:
             raise ValueError(f"executed must lie between 1 and chunk = {self.chunk}, not {self.executed}")
 

@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from policies.errors import UserError
 
 Record = TypeVar("Record")
@@ -19,23 +21,20 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 
 def config_from_dict(cls: type[Record], values: Mapping[str, Any], where: str) -> Record:
-    """Build the dataclass ``cls`` from plain data.
+    """Build the dataclass ``cls`` from plain data, whose types are checked (and integers taken for floats).
 
     Raises:
-        UserError: an unknown or missing field, or a value that the record itself refuses.
+        UserError: an unknown or missing field, a value of the wrong type, or one that the record itself refuses.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
             raise UserError(f"{where} has no setting {name!r}{near_misses(name, fields)}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"{where} lacks the setting {missing[0]!r}")
     try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        given = f" (it is {first['input']!r})" if name and first["type"] != "missing" else ""
+        raise UserError(f"{where}{f', {name}' if name else ''}: {message}{given}") from error

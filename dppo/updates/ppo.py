@@ -64,15 +64,8 @@ class PPOConfig:
     """Stop the actor's epochs once a minibatch's approximate KL exceeds this; None: never."""
 
     def __post_init__(self) -> None:
-        if self.log_prob_clamp is not None:
-            low, high = self.log_prob_clamp
-            object.__setattr__(self, "log_prob_clamp", (float(low), float(high)))
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"epochs and batch_size must be at least 1, not {self.epochs} and {self.batch_size}")
-        if self.log_ratio not in ("sum", "mean"):
-            raise ValueError(f"log_ratio must be 'sum' or 'mean', not {self.log_ratio!r}")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"schedule must be 'constant', 'linear' or 'cosine', not {self.schedule!r}")
 
 
 @dataclass(frozen=True)
