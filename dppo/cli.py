@@ -21,7 +21,7 @@ COMMANDS = {
         """
         dppo collect task=hopper
         dppo collect task=maze steps=50_000
-        dppo collect task=hopper demonstrator.target_return=2000 dataset=me/hopper/better-v0
+        dppo collect task=hopper demonstrator.expert.target_return=2000 dataset=me/hopper/better-v0
         """,
     ),
     "pretrain": (

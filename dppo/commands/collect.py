@@ -110,8 +110,8 @@ def _demonstrator(
     config: Mapping[str, Any], task: Task, directory: RunDirectory, env: gymnasium.Env
 ) -> tuple[Demonstrator, str, int]:
     """Who demonstrates, its name for the dataset, and the environment steps that its training took."""
-    settings = dict(config["demonstrator"])
-    kind = settings.pop("type", None)
+    kind = config["demonstrator"]["type"]
+    settings = config["demonstrator"].get(kind, {})
     if kind == "waypoint":
         return WaypointController(env, seed=int(config["seed"]), **settings), "WaypointController", 0
     if kind == "expert":
@@ -156,6 +156,6 @@ def _train_expert(
     if reached < target_return:
         raise UserError(
             f"the expert reached a return of {reached:.0f} in {trainer.env_steps:,} environment steps, not "
-            f"demonstrator.target_return={target_return}; lower it, or raise demonstrator.env_steps"
+            f"demonstrator.expert.target_return={target_return}; lower it, or raise demonstrator.expert.env_steps"
         )
     return policy.eval(), trainer.env_steps
