@@ -10,6 +10,7 @@ import torch
 from dppo.checkpoint import SCRATCH, find_policy, load_policy
 from dppo.envs.vector import Spaces, space_dims
 from dppo.task import Task
+from dppo.updates.ppo import PPOConfig
 from policies import Policy, UserError
 from policies.config import config_from_dict
 
@@ -38,6 +39,19 @@ def build_policy(config: Plain, spaces: Spaces, **changes: Any) -> Policy:
     )
     check_spaces(policy, spaces, "this configuration", config["task"]["name"])
     return policy
+
+
+def build_update_rule(config: Plain) -> PPOConfig:
+    """The settings of the update rule that ``algo`` names.
+
+    Raises:
+        UserError: an unknown rule or setting.
+    """
+    settings = dict(config["algo"])
+    name = settings.pop("type", None)
+    if name != "ppo":
+        raise UserError(f"unknown algo.type {name!r}; there is: ppo")
+    return config_from_dict(PPOConfig, settings, "algo")
 
 
 def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:

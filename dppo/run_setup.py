@@ -36,7 +36,9 @@ def prepare_device(config: Mapping[str, Any]) -> torch.device:
 def open_run(config: Mapping[str, Any], default_name: str) -> RunDirectory:
     """Create the run directory: ``run``, or the first free ``runs/<default_name>[-n]``."""
     path = Path(config["run"]).expanduser() if config["run"] is not None else free_path(RUNS / default_name)
-    return RunDirectory.create(path, overwrite=bool(config["overwrite"]), config=config)
+    directory = RunDirectory.create(path, overwrite=bool(config["overwrite"]), config=config)
+    print(f"writing to {directory.path}", flush=True)
+    return directory
 
 
 def build_sinks(config: Mapping[str, Any], run: RunDirectory, x_axis: str) -> list[Sink]:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 LogRatio = Literal["sum", "mean"]
 
+MAX_LOG_RATIO = 80.0
+"""Beyond it a ratio overflows float32, and the gradient of an infinite one is NaN even where it is clipped away."""
+
 
 def log_ratio(
     new_factors: Tensor,
@@ -39,7 +42,7 @@ def log_ratio(
 
 def clipped_loss(log_ratios: Tensor, advantages: Tensor, clip: Tensor) -> Tensor:
     """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated, per sample [B]; ``clip`` broadcasts to [B]."""
-    ratio = log_ratios.exp()
+    ratio = log_ratios.clamp(max=MAX_LOG_RATIO).exp()
     clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 

@@ -1,6 +1,6 @@
 """Environment steps per second, and seconds per phase, of one DPPO iteration at the paper's Hopper setting.
 
-40 environments, 500 chunk steps, Ta = 4, K = 20, K' = 10, actor 3 x 512, critic 3 x 256, batch 50,000, 5 epochs. The weights
+40 environments, 500 chunk steps, Ta = 4, K = 20, K' = 10, actor 3 x 512, critic 3 x 256, batch 50,000, 5 epochs. Weights
 are random: they change what the robot does, not what an iteration costs, except that Hopper falls often and resets.
 
     python scripts/benchmark_throughput.py [--iterations N] [--threads N] [--json FILE]
@@ -15,13 +15,11 @@ from pathlib import Path
 
 import torch
 
-from dppo.building import build_task, scratch_policy
+from dppo.building import build_task, build_update_rule, scratch_policy
 from dppo.commands.finetune import trainer_config
 from dppo.configuration import compose_config
 from dppo.metrics import Row
 from dppo.trainer import Trainer
-from dppo.updates.ppo import PPOConfig
-from policies.config import config_from_dict
 
 PHASES = ("environment", "sampling", "scoring", "advantages", "update")
 
@@ -30,7 +28,7 @@ def measure(iterations: int, overrides: list[str]) -> list[Row]:
     """The metrics of that many iterations, after a small one to warm up."""
     config = compose_config("finetune", ["experiment=paper_hopper", "checkpoint=scratch", *overrides])
     task = build_task(config)
-    algo = config_from_dict(PPOConfig, config["algo"], "algo")
+    algo = build_update_rule(config)
 
     def trainer(rollout_steps: int) -> Trainer:
         torch.manual_seed(0)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dppo import minari_store
-from dppo.building import build_task, scratch_policy
+from dppo.building import build_task, build_update_rule, scratch_policy
 from dppo.checkpoint import save_checkpoint
 from dppo.envs.maze import WaypointController
 from dppo.envs.vector import make_plain_env
@@ -23,9 +23,7 @@ from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.statistics import summarize
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.ppo import PPOConfig
 from policies import Policy, UserError
-from policies.config import config_from_dict
 
 
 class PolicyDemonstrator:
@@ -137,7 +135,7 @@ def _train_expert(
     """
     torch.manual_seed(config["seed"])
     policy = scratch_policy(config, task).to(prepare_device(config))
-    algo = config_from_dict(PPOConfig, config["algo"], "algo")
+    algo = build_update_rule(config)
     size = TrainerConfig(env_steps, num_envs, rollout_steps, seed=int(config["seed"]))
     trainer = Trainer(policy, task, size, algo, config["critic"])
     reached = -np.inf

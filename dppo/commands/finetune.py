@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dppo.building import build_task, starting_policy
+from dppo.building import build_task, build_update_rule, starting_policy
 from dppo.checkpoint import save_checkpoint
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress
 from dppo.metrics import MetricsLogger, read_metrics
@@ -18,7 +18,6 @@ from dppo.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.ppo import PPOConfig
 from dppo.video import record_video
 from policies import Policy
 from policies.config import config_from_dict
@@ -33,7 +32,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     """
     device = prepare_device(config)
     task = build_task(config)
-    algo = config_from_dict(PPOConfig, config["algo"], "algo")
+    algo = build_update_rule(config)
     evaluation = dict(config["evaluation"])
     interval = int(evaluation.pop("interval"))
     evaluation = config_from_dict(EvaluationConfig, evaluation, "evaluation")
@@ -41,7 +40,9 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     policy = starting_policy(config, task, overridden).to(device)
     trainer = Trainer(policy, task, trainer_config(config), algo, config["critic"])
     try:
-        directory = open_run(config, f"finetune-{task.name}-{policy.type}-ppo-seed{config['seed']}")
+        directory = open_run(
+            config, f"finetune-{task.name}-{policy.type}-{config['algo']['type']}-seed{config['seed']}"
+        )
         sinks = build_sinks(config, directory, "env_steps")
         with MetricsLogger(directory, sinks) as logger:
             before = evaluate_with_progress(policy, task, evaluation, "before")
@@ -55,7 +56,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     summary = {
         "task": task.name,
         "policy": policy.type,
-        "algo": "ppo",
+        "algo": config["algo"]["type"],
         "seed": config["seed"],
         "env_steps": trainer.env_steps,
         "wall_clock_s": wall_clock_s,
@@ -67,7 +68,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     curve = learning_curve(
         read_metrics(directory.metrics_path),
         directory.plots / "learning_curve.png",
-        title=f"{task.name}: {policy.type} policy, PPO",
+        title=f"{task.name}: {policy.type} policy, {config['algo']['type'].upper()}",
         before=before,
         after=after,
     )

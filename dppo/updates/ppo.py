@@ -147,16 +147,16 @@ class PPO:
         count = math.ceil(pairs / self.config.batch_size)
         train_actor = iteration >= self.config.critic_warmup_iterations
         seen: dict[str, list[Tensor]] = defaultdict(list)
+        actor_steps = 0
         for _ in range(self.config.epochs):
-            parts = zip(
-                minibatches(pairs, count, self.generator),
-                minibatches(len(batch), min(count, len(batch)), self.generator),
-                strict=False,
-            )
-            for pair, rows in parts:
+            critic_parts = minibatches(len(batch), min(count, len(batch)), self.generator)
+            for pair in minibatches(pairs, count, self.generator):
                 if train_actor:
                     train_actor = self._actor_step(batch, pair, seen)
-                self._critic_step(batch, rows, seen)
+                    actor_steps += train_actor
+                rows = next(critic_parts, None)  # where minibatches are smaller than K, there are fewer of these
+                if rows is not None:
+                    self._critic_step(batch, rows, seen)
         metrics: dict[str, float | None] = {name: float(torch.stack(values).mean()) for name, values in seen.items()}
         return {
             "policy_loss": None,
@@ -166,7 +166,7 @@ class PPO:
             "explained_variance": explained_variance(batch.values, batch.returns),
             "actor_learning_rate": factor * self.config.learning_rate,
             "critic_learning_rate": factor * self.config.critic_learning_rate,
-            "actor_steps": len(seen["policy_loss"]),
+            "actor_steps": actor_steps,
         }
 
     def _actor_step(self, batch: Batch, pair: Tensor, seen: dict[str, list[Tensor]]) -> bool:
@@ -206,12 +206,14 @@ def gradient_step(
     """One optimiser step down the gradient of ``loss``.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: the loss or its gradient is not finite; no step is taken.
     """
+    advice = "lower the learning rate or check the rewards' scale"
     if not torch.isfinite(loss):
-        raise UserError(f"the {what} loss became {float(loss)}; lower the learning rate or check the rewards' scale")
+        raise UserError(f"the {what} loss became {float(loss)}; {advice}")
     optimizer.zero_grad()
     loss.backward()
-    if max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+    if not torch.isfinite(norm):
+        raise UserError(f"the gradient of the {what} loss became {float(norm)}; {advice}")
     optimizer.step()
