@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dppo.checkpoint import SCRATCH, find_policy, load_policy
+from dppo.configuration import options
 from dppo.envs.vector import Spaces, space_dims
 from dppo.task import Task
 from dppo.updates.ppo import PPOConfig
@@ -71,6 +73,23 @@ def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:
             )
 
 
+def implied_choices(config: Plain, overridden: Collection[str], extra: Path | None = None) -> list[str]:
+    """Overrides that follow from the checkpoint: its type of policy and its task, where the user named neither.
+
+    So that the settings that come with them (of the update rule, of the tuning) are composed too. ``extra`` is the
+    user's own directory of choices.
+    """
+    if config.get("checkpoint") in (None, SCRATCH) or "policy" not in config:
+        return []
+    policy, task = load_policy(find_policy(str(config["checkpoint"]), config["task"]["name"]))
+    implied = {"policy": policy.type, "task": "" if task is None else task.name}
+    return [
+        f"{group}={name}"
+        for group, name in implied.items()
+        if group not in overridden and name in options(group, extra)
+    ]
+
+
 def scratch_policy(config: Plain, task: Task) -> Policy:
     """An untrained policy, scaled by running statistics and the bounds of the task's actions.
 
@@ -86,8 +105,8 @@ def scratch_policy(config: Plain, task: Task) -> Policy:
     return policy
 
 
-def starting_policy(config: Plain, task: Task, overridden: Collection[str]) -> Policy:
-    """The policy that fine-tuning starts from.
+def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, Task]:
+    """The policy that fine-tuning starts from, and its task: the checkpoint's own, unless the user named one.
 
     A pretrained checkpoint is fine-tuned with the configuration's adjustable settings (such as the number of
     fine-tuned steps); one that was fine-tuned before keeps its own, except for those in ``overridden``. Everything
@@ -95,17 +114,19 @@ def starting_policy(config: Plain, task: Task, overridden: Collection[str]) -> P
 
     Args:
         config: the composed configuration.
-        task: what to fine-tune on.
         overridden: keys and groups that the user set explicitly, e.g. ``policy.finetuned_steps``.
 
     Raises:
         UserError: a checkpoint that is missing, damaged, or does not fit the task or the overrides.
     """
+    task = build_task(config)
     if config["checkpoint"] == SCRATCH:
-        return scratch_policy(config, task)
-    directory = find_policy(config["checkpoint"], task.name)
-    policy, _ = load_policy(directory)
-    if config["policy"]["type"] != policy.type and "policy" in overridden:
+        return scratch_policy(config, task), task
+    directory = find_policy(str(config["checkpoint"]), task.name)
+    policy, trained_for = load_policy(directory)
+    if trained_for is not None and not any(key.split(".")[0] == "task" for key in overridden):
+        task = trained_for
+    if config["policy"]["type"] != policy.type:
         raise UserError(
             f"{directory} holds a {policy.type} policy, not a {config['policy']['type']} one; leave policy=... out, or "
             f"set checkpoint=scratch"
@@ -114,11 +135,9 @@ def starting_policy(config: Plain, task: Task, overridden: Collection[str]) -> P
     keys = {key.split(".", 1)[1] for key in overridden if key.startswith("policy.")}
     if any(key.startswith("network") for key in overridden):
         raise UserError(f"the network is fixed by the checkpoint {directory}; it can be chosen when pretraining only")
-    if config["policy"]["type"] != policy.type:
-        changes = {}
-    elif getattr(policy.config, "finetuned_steps", None) is None:
+    if getattr(policy.config, "finetuned_steps", None) is None:
         changes = {key: config["policy"][key] for key in keys | (policy.config.adjustable & set(config["policy"]))}
     else:
         changes = {key: config["policy"][key] for key in keys}
     changes = {key: value for key, value in changes.items() if value != getattr(policy.config, key, ...)}
-    return policy.adjusted(**changes)
+    return policy.adjusted(**changes), task

@@ -79,7 +79,7 @@ def find_policy(checkpoint: str, task_name: str | None = None) -> Path:
         task_name = checkpoint.partition("/")[2] or task_name
         directory = PRETRAINED / str(task_name)
         if not directory.is_dir():
-            known = sorted(path.name for path in PRETRAINED.iterdir()) if PRETRAINED.is_dir() else []
+            known = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG_NAME}"))
             raise UserError(
                 f"no checkpoint is embedded for task {task_name!r} (there are: {', '.join(known) or 'none'}); make one "
                 f"with `dppo collect task={task_name}` and `dppo pretrain task={task_name}`, or set checkpoint=scratch"

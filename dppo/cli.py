@@ -83,10 +83,13 @@ def _run(command: str, overrides: list[str]) -> int:
     if any(option in overrides for option in ("-h", "--help")):
         print(_command_help(command))
         return 0
+    from dppo.building import implied_choices
     from dppo.configuration import compose_config, overridden_keys
 
     options, overrides = _options(command, overrides)
     config = compose_config(command, overrides, options.config_dir)
+    if implied := implied_choices(config, overridden_keys(overrides), options.config_dir):
+        config = compose_config(command, [*implied, *overrides], options.config_dir)
     if options.show:
         import yaml
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dppo.building import build_task, build_update_rule, starting_policy
+from dppo.building import build_update_rule, starting_point
 from dppo.checkpoint import save_checkpoint
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress
 from dppo.metrics import MetricsLogger, read_metrics
@@ -31,13 +32,14 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
         overridden: keys and groups that the user set explicitly.
     """
     device = prepare_device(config)
-    task = build_task(config)
     algo = build_update_rule(config)
     evaluation = dict(config["evaluation"])
     interval = int(evaluation.pop("interval"))
     evaluation = config_from_dict(EvaluationConfig, evaluation, "evaluation")
     torch.manual_seed(config["seed"])  # of the weights of a policy from scratch
-    policy = starting_policy(config, task, overridden).to(device)
+    policy, task = starting_point(config, overridden)
+    policy = policy.to(device)
+    config = {**config, "task": dataclasses.asdict(task)}
     trainer = Trainer(policy, task, trainer_config(config), algo, config["critic"])
     try:
         directory = open_run(
