@@ -57,6 +57,7 @@ class Cloner:
         self.config = config
         self.device = next(policy.parameters()).device
         self.train = train
+        self.batch_size = min(config.batch_size, len(train))
         self.validation = None if validation is None else validation.to(self.device)
         self.averages = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = torch.optim.AdamW(
@@ -95,7 +96,7 @@ class Cloner:
         self.wall_clock_s += time.perf_counter() - began
         return {
             "updates": self.updates,
-            "epoch": self.updates * self.config.batch_size / len(self.train),
+            "epoch": self.updates * self.batch_size / len(self.train),
             "wall_clock_s": self.wall_clock_s,
             "updates_per_s": updates / (time.perf_counter() - began),
             "train_loss": train_loss,
@@ -111,10 +112,10 @@ class Cloner:
             final=self.config.final_learning_rate,
         )
         set_learning_rate(self.optimizer, factor * self.config.learning_rate)
-        if len(self.order) < min(self.config.batch_size, len(self.train)):
+        if len(self.order) < self.batch_size:
             fresh = torch.randperm(len(self.train), generator=self.generator, device=self.device)
             self.order = torch.cat([self.order, fresh])
-        indices, self.order = self.order[: self.config.batch_size], self.order[self.config.batch_size :]
+        indices, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
         loss = self.policy.imitation_loss(*self.train.batch(indices), generator=self.generator)
         self.optimizer.zero_grad()
         loss.backward()

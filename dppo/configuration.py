@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from policies import UserError
 from policies.config import near_misses
@@ -33,7 +35,8 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
         extra: a directory with more choices, e.g. ``task/mine.yaml``.
 
     Raises:
-        UserError: an override that is malformed, or names something unknown.
+        UserError: an override that is malformed, names something unknown, or gives a setting of the command itself a
+            value of another type than its default's. (The settings of groups are checked by whoever takes them.)
     """
     if extra is not None and not extra.is_dir():
         raise UserError(f"--config-dir {extra} is not a directory")
@@ -43,26 +46,25 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         except HydraException as error:
             raise UserError(f"cannot read the override: {_one_line(error)}") from error
-        known = set(_keys(compose(command))) | set(groups_of(command))
-        for override in parsed:
-            _check_group_choice(override.key_or_group, override.value(), extra)
+        choices = [str(one.input_line) for one in parsed if _is_choice(one, extra)]
         try:
             config = compose(command, [*search, *overrides])
+            missing = sorted(OmegaConf.missing_keys(config))
+            if missing:
+                raise UserError(f"{command} needs {missing[0]}=...; see `dppo {command} --help`")
+            content = OmegaConf.to_container(config, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
-            for override in parsed:
-                key = override.key_or_group
-                if f"'{key.split('.')[-1]}'" in str(error) or key in str(error):
-                    raise UserError(f"{command} has no setting {key!r}{near_misses(key, known)}") from error
-            raise UserError(_one_line(error)) from error
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{command} needs {missing[0]}=...; see `dppo {command} --help`")
-    try:
-        content = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from error
+            unknown = re.match(r"Could not override '([^']*)'", str(error))
+            if unknown is None:
+                raise UserError(_one_line(error)) from error
+            raise _no_setting(command, unknown[1], _keys(compose(command, [*search, *choices]))) from error
     assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    own = _own_settings(command)
+    groups = {path.name for folder in (config_directory(), extra) if folder for path in folder.iterdir() if path.is_dir()}
+    for key in content:
+        if key not in own and key not in groups:
+            raise _no_setting(command, str(key), [*own, *groups])
+    return {str(key): value for key, value in content.items()} | _typed(content, own, command)
 
 
 def overridden_keys(overrides: Sequence[str]) -> set[str]:
@@ -82,10 +84,57 @@ def groups_of(command: str) -> list[str]:
     return re.findall(r"^  - (?:optional |override /)?(\w+): ", text, flags=re.MULTILINE)
 
 
-def _check_group_choice(key: str, value: Any, extra: Path | None) -> None:
-    known = options(key, extra)
-    if (config_directory() / key).is_dir() and isinstance(value, str) and value not in known:
+def _is_choice(override: Override, extra: Path | None) -> bool:
+    """Whether the override chooses from a group.
+
+    Raises:
+        UserError: an unknown choice, or something that only makes sense to Hydra's own command line.
+    """
+    key, text = override.key_or_group, override.input_line
+    if not key:
+        raise UserError(f"cannot read the override {text!r}: it names no setting")
+    if override.is_sweep_override():
+        raise UserError(f"{text} gives {key} several values; start one run for each, or write a list: {key}=[...]")
+    if override.is_delete() or override.package is not None:
+        raise UserError(f"{text}: settings can be set, but neither removed nor moved")
+    if not (config_directory() / key).is_dir():
+        return False
+    value, known = str(override.value()), options(key, extra)
+    if value not in known:
         raise UserError(f"unknown {key} {value!r}{near_misses(value, known)}; there are: {', '.join(known)}")
+    return True
+
+
+def _own_settings(command: str) -> dict[str, Any]:
+    """The settings of the command itself, as opposed to those of groups, and their defaults."""
+    content = OmegaConf.to_container(OmegaConf.load(config_directory() / f"{command}.yaml"))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items() if key != "defaults"}
+
+
+def _typed(values: Mapping[Any, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of the settings in ``defaults``, each in the type of its default; a default of null has none."""
+    typed = dict(values)
+    for name, default in defaults.items():
+        if isinstance(default, Mapping):
+            if not isinstance(values[name], Mapping):
+                raise UserError(f"{where}, {name}: holds settings ({name}.{next(iter(default))}=... and so on)")
+            for key in values[name]:
+                if key not in default:
+                    raise _no_setting(f"{where}, {name}", str(key), default)
+            typed[name] = _typed(values[name], default, f"{where}, {name}")
+        elif default is not None:
+            adapter = TypeAdapter(type(default), config=ConfigDict(coerce_numbers_to_str=True))
+            try:
+                typed[name] = adapter.validate_python(values[name])
+            except ValidationError as error:
+                message = f"{error.errors()[0]['msg']} (it is {values[name]!r})"
+                raise UserError(f"{where}, {name}: {message}") from error
+    return typed
+
+
+def _no_setting(where: str, key: str, known: Iterable[str]) -> UserError:
+    return UserError(f"{where} has no setting {key!r}{near_misses(key, known)}")
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -31,6 +31,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.episodes < 1 or self.num_envs < 1:
             raise ValueError("evaluation needs at least one episode and one environment")
+        if self.seed < 0:
+            raise ValueError(f"the seed must not be negative, but is {self.seed}")
 
 
 def evaluate(

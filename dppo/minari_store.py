@@ -121,7 +121,8 @@ def download(dataset_id: str, hint: str = "") -> None:
     """
     otherwise = f"; {hint}" if hint else ""
     missing = f"dataset {dataset_id} is not in {get_dataset_path()}"
-    if parse_dataset_id(dataset_id)[0] in (None, LOCAL_NAMESPACE):
+    namespace = parse_dataset_id(dataset_id)[0]
+    if namespace is None or namespace.split("/")[0] == LOCAL_NAMESPACE:
         raise UserError(f"{missing}{otherwise}")
     unreachable = _why_unreachable()
     if unreachable:

@@ -19,10 +19,15 @@ def prepare_device(config: Mapping[str, Any]) -> torch.device:
     """Set the number of threads and resolve ``device``.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: a device that is not there, or an impossible number of threads or seed.
     """
-    if config["threads"] is not None:
-        torch.set_num_threads(int(config["threads"]))
+    threads, seed = config["threads"], config["seed"]
+    if seed < 0:
+        raise UserError(f"seed must not be negative, but is {seed}")
+    if threads is not None:
+        if not isinstance(threads, int) or threads < 1:
+            raise UserError(f"threads must be a positive number, or null for torch's own choice, not {threads!r}")
+        torch.set_num_threads(threads)
     name = str(config["device"])
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +40,7 @@ def prepare_device(config: Mapping[str, Any]) -> torch.device:
 
 def open_run(config: Mapping[str, Any], default_name: str) -> RunDirectory:
     """Create the run directory: ``run``, or the first free ``runs/<default_name>[-n]``."""
-    path = Path(config["run"]).expanduser() if config["run"] is not None else free_path(RUNS / default_name)
+    path = Path(str(config["run"])).expanduser() if config["run"] is not None else free_path(RUNS / default_name)
     directory = RunDirectory.create(path, overwrite=bool(config["overwrite"]), config=config)
     print(f"writing to {directory.path}", flush=True)
     return directory

@@ -187,7 +187,7 @@ class Policy(nn.Module):
         """
         fields = dict(config)
         name = fields.pop("type", None)
-        if name not in Policy.registry:
+        if not isinstance(name, str) or name not in Policy.registry:
             raise UserError(f"unknown policy type {name!r}; known are {', '.join(sorted(Policy.registry))}")
         cls = Policy.registry[name]
         return cls(config_from_dict(cls.Config, fields, f"policy {name!r}"))
@@ -196,15 +196,17 @@ class Policy(nn.Module):
         """A copy with other values of the `PolicyConfig.adjustable` fields, and the same weights.
 
         Raises:
-            UserError: a field that is fixed by the weights.
+            UserError: a field that is fixed by the weights or unknown, or a value that does not fit it.
         """
+        fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        config = config_from_dict(type(self.config), {**fields, **changes}, f"policy {self.type!r}")
         fixed = sorted(set(changes) - self.config.adjustable)
         if fixed:
             raise UserError(
                 f"policy.{fixed[0]} is fixed by the checkpoint's weights; it can be chosen when pretraining only "
                 f"(free to change are: {', '.join(sorted(self.config.adjustable)) or 'none'})"
             )
-        copy = type(self)(dataclasses.replace(self.config, **changes))
+        copy = type(self)(config)
         copy.load_state_dict(self._weights_for(copy))
         copy.metadata = dict(self.metadata)
         return copy
@@ -235,10 +237,12 @@ class Policy(nn.Module):
             if not path.is_file():
                 raise UserError(f"{directory} is not a policy checkpoint: it has no {path.name}")
         try:
-            content = json.loads(config_path.read_text())
-            metadata = content.pop("metadata", {})
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{config_path} is not a valid policy configuration: {error}") from error
+            content = json.loads(config_path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{config_path} is not valid JSON: {error}") from error
+        metadata = content.pop("metadata", {}) if isinstance(content, dict) else None
+        if not isinstance(metadata, dict):
+            raise UserError(f"{config_path} is not a policy configuration: it, and its metadata, must be JSON objects")
         policy = Policy.from_config(content)
         try:
             policy.load_state_dict(load_file(weights_path))

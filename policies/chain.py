@@ -69,8 +69,12 @@ class DiffusionConfig(PolicyConfig):
                 f"finetuned_steps must lie between 1 and denoising_steps = {self.denoising_steps}, "
                 f"not {self.finetuned_steps}"
             )
-        if self.likelihood_std <= 0 or self.exploration_std < 0:
+        if not (self.likelihood_std > 0 and self.exploration_std >= 0):
             raise ValueError("likelihood_std must be positive and exploration_std not negative")
+        for name in ("x0_clip", "noise_clip", "final_clip"):
+            clip = getattr(self, name)
+            if clip is not None and not clip > 0:
+                raise ValueError(f"{name} must be positive, or null for no clip, not {clip}")
 
 
 class DiffusionPolicy(Policy, type="diffusion"):

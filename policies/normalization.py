@@ -50,9 +50,11 @@ class RunningStandardizer(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Merge the moments of a batch [B, dim]."""
+        """Merge the moments of a batch [B, dim]; an empty one changes nothing."""
         x = x.double()
         batch = x.shape[0]
+        if batch == 0:
+            return
         total = self.count + batch
         delta = x.mean(0) - self.mean
         between = delta.square() * self.count * batch / total

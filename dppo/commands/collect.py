@@ -59,6 +59,8 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     dataset = config["dataset"] or task.dataset
     if not dataset:
         raise UserError(f"task {task.name} names no dataset to write; set dataset=me/{task.name}/mine-v0")
+    if config["steps"] < 1:
+        raise UserError(f"steps must be at least 1, not {config['steps']}")
     if minari_store.is_stored(dataset) and not config["overwrite"]:
         raise UserError(f"dataset {dataset} exists already; set another dataset=..., or overwrite=true to replace it")
     prepare_device(config)

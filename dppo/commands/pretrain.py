@@ -20,7 +20,7 @@ from dppo.run_directory import write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.task import Task
 from dppo.video import record_video
-from policies import Policy
+from policies import Policy, UserError
 from policies.config import config_from_dict
 
 
@@ -33,6 +33,9 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     evaluation = config_from_dict(EvaluationConfig, evaluation, "evaluation")
     names = ("updates", "batch_size", "learning_rate", "final_learning_rate", "warmup", "weight_decay", "ema_decay")
     settings = config_from_dict(CloningConfig, {name: config[name] for name in names}, "pretrain")
+    log_interval = config["log_interval"]
+    if log_interval < 1:
+        raise UserError(f"log_interval must be at least 1, not {log_interval}")
     torch.manual_seed(config["seed"])
     policy, train, validation = _prepare(config, task)
     cloner = Cloner(policy.to(device), train.to(device), validation, settings, seed=int(config["seed"]))
@@ -41,7 +44,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     with MetricsLogger(directory, sinks) as logger, Progress(settings.updates, "updates") as progress:
         rows = 0
         while cloner.updates < settings.updates:
-            row = cloner.run(int(config["log_interval"]), progress.advance)
+            row = cloner.run(log_interval, progress.advance)
             rows += 1
             if interval and rows % interval == 0 and cloner.updates < settings.updates:
                 result = evaluate_with_progress(cloner.averaged, task, evaluation)
@@ -77,7 +80,10 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
 def _prepare(config: Mapping[str, Any], task: Task) -> tuple[Policy, WindowDataset, WindowDataset | None]:
     """The untrained policy, scaled by the demonstrations, and their training and validation windows."""
     name = config["dataset"] or task.dataset
-    episodes = load_episodes(name, hint=f"dppo collect task={task.name}")
+    if not name:
+        raise UserError(f"task {task.name} names no dataset to clone; set dataset=...")
+    same = "" if name == task.dataset else f" dataset={name}"
+    episodes = load_episodes(name, hint=f"build it with `dppo collect task={task.name}{same}`")
     spaces = space_dims(task)
     check_dimensions(episodes, spaces.obs_dim, spaces.action_dim, spaces.discrete, dataset=f"dataset {name}")
     # All steps of the chain are cloned; which of them are fine-tuned is for fine-tuning to say.

@@ -66,6 +66,12 @@ class PPOConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"epochs and batch_size must be at least 1, not {self.epochs} and {self.batch_size}")
+        for name in ("gamma", "gae_lambda", "inner_gamma"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        for name in ("learning_rate", "critic_learning_rate", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -210,10 +216,10 @@ def gradient_step(
     """
     advice = "lower the learning rate or check the rewards' scale"
     if not torch.isfinite(loss):
-        raise UserError(f"the {what} loss became {float(loss)}; {advice}")
+        raise UserError(f"the {what} loss became {loss.item()}; {advice}")
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     if not torch.isfinite(norm):
-        raise UserError(f"the gradient of the {what} loss became {float(norm)}; {advice}")
+        raise UserError(f"the gradient of the {what} loss became {norm.item()}; {advice}")
     optimizer.step()

@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Normal, kl_divergence
+
+from dppo.surrogates import approximate_kl, clip_ranges, clipped_loss, log_ratio, value_loss
+
+CLIP_TABLE = [
+    # advantage, ratio, objective at clip 0.2, whether its gradient vanishes
+    (2.0, 0.5, 1.0, False),
+    (2.0, 0.9, 1.8, False),
+    (2.0, 1.0, 2.0, False),
+    (2.0, 1.1, 2.2, False),
+    (2.0, 1.5, 2.4, True),
+    (-2.0, 0.25, -1.6, True),
+    (-2.0, 0.9, -1.8, False),
+    (-2.0, 1.0, -2.0, False),
+    (-2.0, 1.1, -2.2, False),
+    (-2.0, 1.5, -3.0, False),
+    (0.0, 1.5, 0.0, True),
+]
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "objective", "flat"), CLIP_TABLE)
+def test_the_clipped_objective_by_hand(advantage, ratio, objective, flat):
+    log_ratios = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss = clipped_loss(log_ratios, torch.tensor([advantage]), torch.tensor([0.2]))
+    assert loss.item() == pytest.approx(-objective, abs=1e-6)
+    loss.backward()
+    assert float(log_ratios.grad) == pytest.approx(0 if flat else -advantage * ratio, abs=1e-6)
+
+
+def test_each_sample_has_its_own_clip_range():
+    loss = clipped_loss(torch.full((2,), math.log(1.5)), torch.ones(2), torch.tensor([0.1, 0.4]))
+    torch.testing.assert_close(loss, torch.tensor([-1.1, -1.4]))
+
+
+def test_a_ratio_beyond_all_bounds_is_clipped_without_a_gradient_that_is_nan():
+    log_ratios = torch.tensor([200.0, -200.0], requires_grad=True)
+    clipped_loss(log_ratios, torch.tensor([1.0, -1.0]), torch.tensor(0.2)).sum().backward()
+    assert log_ratios.grad.tolist() == [0.0, 0.0]
+
+
+def test_factors_are_summed_or_averaged():
+    new, old = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[0.5, 2.0], [2.0, 6.0]]])  # [1, Tp, Da]
+    assert log_ratio(new, old, "sum").tolist() == [-0.5]
+    assert log_ratio(new, old, "mean").tolist() == [-0.125]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_what_does_not_factorise_is_taken_as_it_is(reduction):
+    assert log_ratio(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 4.0]), reduction).tolist() == [-2.0, 1.0]
+
+
+def test_only_the_executed_actions_of_a_chunk_are_scored():
+    new, old = torch.tensor([[[1.0, 2.0], [30.0, 40.0]]]), torch.zeros(1, 2, 2)
+    assert log_ratio(new, old, "sum", executed=1).tolist() == [3.0]
+    assert log_ratio(new, old, "mean", executed=1).tolist() == [1.5]
+    assert log_ratio(new, old, "sum", executed=2).tolist() == [73.0]
+
+
+def test_each_factor_is_clamped_and_not_their_sum():
+    new, old = torch.tensor([[-9.0, 1.0, 3.0]]), torch.tensor([[-4.0, -7.0, 0.0]])
+    clamped = log_ratio(new, old, "sum", clamp=(-5, 2))
+    assert clamped.tolist() == [(-5 + 4) + (1 + 5) + (2 - 0)]
+
+
+def test_clip_ranges_grow_from_the_base_to_the_full_range():
+    ranges = clip_ranges(5, 0.01, 0.2, 3.0)
+    assert float(ranges[0]) == pytest.approx(0.01)
+    assert float(ranges[-1]) == pytest.approx(0.2)
+    assert (ranges.diff() > 0).all()
+    middle = 0.01 + 0.19 * (math.exp(1.5) - 1) / (math.exp(3) - 1)
+    assert float(ranges[2]) == pytest.approx(middle)
+    assert float(ranges[2]) < (0.01 + 0.2) / 2
+
+
+def test_clip_ranges_of_rate_zero_are_a_straight_line():
+    torch.testing.assert_close(clip_ranges(3, 0.1, 0.3, 0.0), torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_a_chain_of_one_step_has_the_full_clip_range():
+    assert clip_ranges(1, 0.01, 0.2, 3.0).tolist() == [pytest.approx(0.2)]
+
+
+@given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=20))
+def test_the_kl_estimate_is_never_negative(log_ratios):
+    assert float(approximate_kl(torch.tensor(log_ratios))) >= -1e-7
+
+
+def test_the_kl_estimate_is_near_the_true_kl_of_two_close_gaussians():
+    old, new = Normal(0.0, 1.0), Normal(0.1, 1.1)
+    torch.manual_seed(0)
+    samples = old.sample((200_000,))
+    estimate = float(approximate_kl(new.log_prob(samples) - old.log_prob(samples)))
+    assert estimate == pytest.approx(float(kl_divergence(old, new)), rel=0.02)
+    assert estimate != pytest.approx(float(kl_divergence(new, old)), rel=0.05)
+
+
+def test_the_value_loss_is_half_the_mean_squared_error():
+    loss = value_loss(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]), torch.zeros(2))
+    assert float(loss) == 0.5 * (1 + 4) / 2
+
+
+def test_a_clipped_value_loss_takes_the_worse_of_both_errors():
+    values = torch.tensor([1.0, 2.0, 1.0], requires_grad=True)
+    returns, old = torch.tensor([2.0, 4.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])
+    loss = value_loss(values, returns, old, clip=0.5)
+    # The first value may move to 0.5 only: error 1.5; the second did not move; the third is worse where it is.
+    assert loss.item() == pytest.approx(0.5 * (1.5**2 + 2**2 + 1**2) / 3)
+    loss.backward()
+    torch.testing.assert_close(values.grad, torch.tensor([0.0, -2.0, 1.0]) / 3)

@@ -1,0 +1,292 @@
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dppo.advantages import inner_discount
+from dppo.critic import Critic
+from dppo.rollout import collect_rollout
+from dppo.trainer import Trainer, TrainerConfig
+from dppo.updates.batch import Batch
+from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig, gradient_step
+from policies import Policy, UserError
+
+CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
+KINDS = ("gaussian", "categorical", "diffusion")
+
+
+@pytest.fixture
+def make_trainer(small_policy: Callable[..., Policy], task_of: Callable) -> Callable[..., Trainer]:
+    """A trainer of a small policy in 4 environments and rollouts of 8 steps: 32 rows."""
+
+    def build(kind: str, settings: dict[str, Any] | None = None, **algo: Any) -> Trainer:
+        policy = small_policy(kind, **(settings or {}))
+        size = TrainerConfig(env_steps=1000, num_envs=4, rollout_steps=8)
+        return Trainer(policy, task_of(kind), size, PPOConfig(**algo), CRITIC)
+
+    return build
+
+
+def rollout_batch(trainer: Trainer) -> Batch:
+    rollout = collect_rollout(trainer.actor, trainer.policy, trainer.config.rollout_steps)
+    return trainer._batch(rollout, *trainer._values(rollout))
+
+
+def all_pairs(batch: Batch) -> tuple[Tensor, Tensor]:
+    pairs = torch.arange(len(batch) * batch.num_steps)
+    return pairs // batch.num_steps, pairs % batch.num_steps
+
+
+class Spy:
+    """Keeps what an update rule's losses were asked for, and what they answered."""
+
+    def __init__(self, ppo: PPO) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.rows: list[Tensor] = []
+        self.results: list[PolicyLoss] = []
+        policy_loss, value_loss = ppo.policy_loss, ppo.value_loss
+
+        def spied_policy_loss(batch: Batch, rows: Tensor, steps: Tensor) -> PolicyLoss:
+            self.pairs.append((rows, steps))
+            self.results.append(policy_loss(batch, rows, steps))
+            return self.results[-1]
+
+        def spied_value_loss(batch: Batch, rows: Tensor) -> Tensor:
+            self.rows.append(rows)
+            return value_loss(batch, rows)
+
+        ppo.policy_loss, ppo.value_loss = spied_policy_loss, spied_value_loss
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+# --- what the loss is
+
+
+@pytest.mark.parametrize("observation_scaling", ["min_max", "running"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_minibatch_of_every_rollout_has_ratio_one_everywhere(make_trainer, kind, observation_scaling):
+    settings = {"observation_scaling": observation_scaling}
+    trainer = make_trainer(kind, settings, epochs=2, batch_size=16, learning_rate=0.01)
+    spy = Spy(trainer.update_rule)
+    for _ in range(3):
+        seen = len(spy.results)
+        trainer.iterate()
+        first, last = spy.results[seen], spy.results[-1]
+        assert first.log_ratios.abs().max().item() < 1e-4
+        assert float(first.clip_fraction) == 0
+        assert last.log_ratios.abs().max().item() > 1e-3, "the policy must have moved by the last minibatch"
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_at_the_old_policy_is_the_policy_gradient(make_trainer, kind, reduction):
+    config = {"normalize_advantages": False, "log_ratio": reduction, "inner_gamma": 0.9, "clip": 0.1}
+    trainer = make_trainer(kind, **config)
+    batch, policy = rollout_batch(trainer), trainer.policy
+    rows, steps = all_pairs(batch)
+    loss = trainer.update_rule.policy_loss(batch, rows, steps).loss
+    parameters = trainer.update_rule.actor_parameters
+    surrogate = torch.autograd.grad(loss, parameters)
+
+    law = policy.transition(batch.obs[rows], batch.chain[rows, steps], steps)
+    factors = getattr(law, "base_dist", law).log_prob(batch.chain[rows, steps + 1])
+    if factors.dim() > 1:
+        factors = factors[:, : policy.config.executed].flatten(1)
+        factors = factors.sum(1) if reduction == "sum" else factors.mean(1)
+    weight = batch.advantages[rows] * inner_discount(policy.num_steps, 0.9)[steps]
+    reinforce = torch.autograd.grad(-(weight * factors).mean(), parameters)
+    assert any(gradient.abs().max() > 1e-4 for gradient in reinforce)
+    for ours, expected in zip(surrogate, reinforce, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_inner_discount_weights_the_steps_of_the_chain(make_trainer):
+    trainer = make_trainer("diffusion", normalize_advantages=False, inner_gamma=0.5)
+    batch = rollout_batch(trainer)
+    row = torch.tensor([5])
+    losses = [trainer.update_rule.policy_loss(batch, row, torch.tensor([step])).loss.item() for step in range(3)]
+    advantage = float(batch.advantages[5])
+    assert losses == pytest.approx([-0.25 * advantage, -0.5 * advantage, -advantage], rel=1e-3)
+
+
+def test_each_inner_step_is_clipped_at_its_own_range(make_trainer):
+    trainer = make_trainer("diffusion", clip=0.2, clip_base=0.01)
+    assert trainer.update_rule.clip_ranges.tolist() == pytest.approx([0.01, 0.0446, 0.2], abs=1e-3)
+    batch = rollout_batch(trainer)
+    moved = Batch(**{**vars(batch), "log_prob_factors": batch.log_prob_factors.clone()})
+    moved.log_prob_factors[:, :, 0, 0] -= math.log(1.1)  # every ratio is 1.1
+    rows = torch.arange(len(batch))
+    fractions = [trainer.update_rule.policy_loss(moved, rows, torch.full_like(rows, k)).clip_fraction for k in range(3)]
+    assert fractions == [1.0, 1.0, 0.0]
+
+
+def test_a_chain_without_a_base_range_has_the_same_range_at_every_step(make_trainer):
+    assert make_trainer("diffusion", clip=0.03).update_rule.clip_ranges.tolist() == pytest.approx([0.03] * 3)
+
+
+def test_advantages_are_normalised_in_each_minibatch(make_trainer):
+    trainer = make_trainer("gaussian")
+    batch = rollout_batch(trainer)
+    scaled = Batch(**{**vars(batch), "advantages": 100 + 7 * batch.advantages})
+    rows = torch.arange(10)
+    losses = [trainer.update_rule.policy_loss(b, rows, torch.zeros_like(rows)).loss for b in (batch, scaled)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+    alone = trainer.update_rule.policy_loss(batch, rows[:1], torch.zeros(1, dtype=torch.long))
+    assert alone.loss.item() == 0.0
+
+
+# --- what an update covers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 19, 31, 32, 95, 96, 10_000])
+def test_every_pair_is_seen_once_an_epoch_and_so_is_every_row_by_the_critic(make_trainer, kind, batch_size):
+    trainer = make_trainer(kind, epochs=2, batch_size=batch_size, learning_rate=1e-5)
+    spy = Spy(trainer.update_rule)
+    batch = rollout_batch(trainer)
+    trainer.update_rule.update(batch, progress=0.0, iteration=0)
+    assert max(len(rows) for rows, _ in spy.pairs) <= batch_size
+    assert min(len(rows) for rows in spy.rows) >= 1
+    pairs = [(int(row), int(step)) for rows, steps in spy.pairs for row, step in zip(rows, steps, strict=True)]
+    total = len(batch) * batch.num_steps
+    wanted = [(row, step) for row in range(len(batch)) for step in range(batch.num_steps)]
+    assert [sorted(pairs[:total]), sorted(pairs[total:])] == [wanted, wanted]
+    rows = torch.cat(spy.rows).tolist()
+    assert [sorted(rows[: len(batch)]), sorted(rows[len(batch) :])] == [list(range(len(batch)))] * 2
+
+
+def test_epochs_are_shuffled_anew(make_trainer):
+    trainer = make_trainer("gaussian", epochs=2, batch_size=64)
+    spy = Spy(trainer.update_rule)
+    trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+    (first, _), (second, _) = spy.pairs
+    assert not torch.equal(first, second)
+
+
+def test_the_target_kl_stops_the_actor_but_not_the_critic(make_trainer):
+    trainer = make_trainer("gaussian", epochs=5, batch_size=16, target_kl=1e-3, learning_rate=0.05)
+    spy = Spy(trainer.update_rule)
+    batch = rollout_batch(trainer)
+    metrics = trainer.update_rule.update(batch, progress=0.0, iteration=0)
+    kls = [float(result.approx_kl) for result in spy.results]
+    assert len(kls) < 10
+    assert max(kls[:-1]) <= 1e-3 < kls[-1]
+    assert metrics["actor_steps"] == len(kls) - 1
+    assert len(spy.rows) == 10
+    trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=1)
+    assert len(spy.results) > len(kls), "the next update begins anew"
+
+
+def test_without_a_target_kl_nothing_stops_the_actor(make_trainer):
+    trainer = make_trainer("gaussian", epochs=5, batch_size=16, learning_rate=0.05)
+    metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+    assert metrics["actor_steps"] == 10
+    assert metrics["approx_kl"] > 1e-3
+
+
+def test_only_the_critic_learns_during_its_warm_up(make_trainer):
+    trainer = make_trainer("diffusion", critic_warmup_iterations=2)
+    for iteration in range(3):
+        policy, critic = weights(trainer.policy), weights(trainer.critic)
+        metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=iteration)
+        assert changed(critic, trainer.critic)
+        assert bool(changed(policy, trainer.policy)) == (iteration == 2)
+        assert (metrics["policy_loss"] is None) == (iteration < 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("observation_scaling", ["min_max", "running"])
+def test_an_update_changes_the_trained_network_and_nothing_else(make_trainer, kind, observation_scaling):
+    trainer = make_trainer(kind, {"observation_scaling": observation_scaling}, learning_rate=0.01)
+    trainer.policy.fit_actions(torch.tensor([-1.0, -3.0]), torch.tensor([1.0, 2.0]))
+    trainer.policy.fit_observations(torch.tensor([-2.0, -2.0]), torch.tensor([4.0, 3.0]))
+    trainer.policy.observe(torch.randn(50, 2))
+    before = weights(trainer.policy)
+    trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+    trained = {name for name in before if name.startswith("network.") or name == "raw_std"}
+    assert changed(before, trainer.policy) == trained
+    assert any(name.startswith("frozen.") for name in before) == (kind == "diffusion")
+
+
+def test_the_critic_leaves_no_gradient_in_the_policy_nor_the_policy_one_in_the_critic(make_trainer):
+    trainer = make_trainer("gaussian")
+    batch = rollout_batch(trainer)
+    rows = torch.arange(8)
+    trainer.update_rule.value_loss(batch, rows).backward()
+    assert all(parameter.grad is None for parameter in trainer.policy.parameters())
+    trainer.critic.zero_grad(set_to_none=True)
+    trainer.update_rule.policy_loss(batch, rows, torch.zeros_like(rows)).loss.backward()
+    assert all(parameter.grad is None for parameter in trainer.critic.parameters())
+
+
+# --- learning rates and steps
+
+
+@pytest.mark.parametrize(("schedule", "factor"), [("constant", 1.0), ("linear", 0.625), ("cosine", 0.55)])
+def test_both_learning_rates_follow_the_schedule(make_trainer, schedule, factor):
+    rates = {"learning_rate": 0.01, "critic_learning_rate": 0.02}
+    trainer = make_trainer("gaussian", schedule=schedule, final_learning_rate=0.1, **rates)
+    progress = 0.5 if schedule == "cosine" else 0.375 / 0.9
+    metrics = trainer.update_rule.update(rollout_batch(trainer), progress=progress, iteration=0)
+    optimizers = trainer.update_rule.actor_optimizer, trainer.update_rule.critic_optimizer
+    used = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    assert used == pytest.approx([0.01 * factor, 0.02 * factor])
+    assert [metrics["actor_learning_rate"], metrics["critic_learning_rate"]] == pytest.approx(used)
+
+
+@pytest.mark.parametrize(("max_grad_norm", "length"), [(0.5, 0.5), (100.0, 10.0), (None, 10.0)])
+def test_a_gradient_is_shortened_to_the_largest_norm_allowed(max_grad_norm, length):
+    weight = nn.Parameter(torch.zeros(2))
+    loss = (weight * torch.tensor([6.0, 8.0])).sum()
+    gradient_step(loss, torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm, "policy")
+    assert float(weight.detach().norm()) == pytest.approx(length, rel=1e-4)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, None])
+def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(max_grad_norm):
+    weight = nn.Parameter(torch.zeros(2))
+    loss = weight.abs().sqrt().sum()  # 0, but its slope is not finite
+    with pytest.raises(UserError, match="gradient of the policy loss became"):
+        gradient_step(loss, torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm, "policy")
+    assert weight.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("field", "what"), [("advantages", "policy"), ("returns", "value")])
+def test_a_loss_that_is_not_finite_is_an_error_and_destroys_no_parameters(make_trainer, field, what):
+    trainer = make_trainer("gaussian", batch_size=8)
+    batch = rollout_batch(trainer)
+    broken = Batch(**{**vars(batch), field: torch.full_like(batch.returns, torch.nan)})
+    critic = weights(trainer.critic)
+    with pytest.raises(UserError, match=f"the {what} loss became nan; lower the learning rate"):
+        trainer.update_rule.update(broken, progress=0.0, iteration=0)
+    assert changed(critic, trainer.critic) == set()
+    assert all(parameter.isfinite().all() for parameter in trainer.policy.parameters())
+
+
+def test_the_same_generator_gives_the_same_update(make_trainer):
+    trainer = make_trainer("diffusion", batch_size=16)
+    batch = rollout_batch(trainer)
+    results = []
+    for _ in range(2):
+        policy, critic = copy.deepcopy(trainer.policy), copy.deepcopy(trainer.critic)
+        assert isinstance(critic, Critic)
+        PPO(trainer.algo, policy, critic, torch.Generator().manual_seed(3)).update(batch, progress=0.0, iteration=0)
+        results.append({**weights(policy), **weights(critic)})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 0}, {"batch_size": 0}])
+def test_settings_that_would_learn_nothing_are_refused(settings):
+    with pytest.raises(ValueError, match="at least 1"):
+        PPOConfig(**settings)

@@ -1,0 +1,288 @@
+"""What rollouts and update rules rely on, for every policy there is. A new policy is one more line in `CASES`."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from policies import DiffusionPolicy, Policy, Sample, log_prob_factors
+from policies.normalization import RunningStandardizer
+
+ROOT = Path(__file__).parents[2]
+
+OBS_DIM, ACTION_DIM, BATCH = 3, 2, 16
+PLAIN = {"type": "mlp", "hidden_dims": [8, 8], "activation": "tanh", "residual": False}
+RESIDUAL = {"type": "mlp", "hidden_dims": [8, 8, 8], "activation": "mish", "residual": True}
+GAUSSIAN = {"type": "gaussian", "network": PLAIN}
+CATEGORICAL = {"type": "categorical", "network": PLAIN}
+DIFFUSION = {"type": "diffusion", "network": RESIDUAL, "chunk": 3, "denoising_steps": 5}
+
+CASES: dict[str, dict[str, Any]] = {
+    "gaussian": GAUSSIAN,
+    "gaussian, std by state": {**GAUSSIAN, "std": "state"},
+    "gaussian, chunk and history": {**GAUSSIAN, "chunk": 4, "history": 2, "executed": 2},
+    "gaussian, std by state, residual": {**GAUSSIAN, "network": RESIDUAL, "std": "state", "chunk": 2},
+    "gaussian, running scaling": {**GAUSSIAN, "observation_scaling": "running"},
+    "categorical": CATEGORICAL,
+    "categorical, history": {**CATEGORICAL, "history": 2},
+    "categorical, running scaling": {**CATEGORICAL, "observation_scaling": "running", "network": RESIDUAL},
+    "diffusion": DIFFUSION,
+    "diffusion, K' = 1": {**DIFFUSION, "finetuned_steps": 1},
+    "diffusion, 1 < K' < K": {**DIFFUSION, "finetuned_steps": 3},
+    "diffusion, K' = K": {**DIFFUSION, "finetuned_steps": 5},
+    "diffusion, K = 1": {**DIFFUSION, "denoising_steps": 1, "prediction": "sample"},
+    "diffusion, history": {**DIFFUSION, "history": 2, "finetuned_steps": 3},
+    "diffusion, chunk 1": {**DIFFUSION, "chunk": 1},
+    "diffusion, part of the chunk": {**DIFFUSION, "executed": 2, "finetuned_steps": 3},
+    "diffusion, plain network": {**DIFFUSION, "network": {**PLAIN, "step_dim": 8}},
+    "diffusion, running scaling": {**DIFFUSION, "observation_scaling": "running", "finetuned_steps": 3},
+    "diffusion, no clips": {**DIFFUSION, "x0_clip": None, "noise_clip": None, "beta_schedule": "linear"},
+    "diffusion, final clip": {**DIFFUSION, "final_clip": 0.3},
+    "diffusion, no exploration floor": {**DIFFUSION, "exploration_std": 0.0, "likelihood_std": 0.05},
+    "diffusion, predicts x0": {**DIFFUSION, "prediction": "sample", "finetuned_steps": 3},
+    "diffusion, predicts x0, no clip": {**DIFFUSION, "prediction": "sample", "x0_clip": None},
+    "diffusion, predicts v": {**DIFFUSION, "prediction": "v_prediction", "finetuned_steps": 3},
+    "diffusion, predicts v, no clip": {**DIFFUSION, "prediction": "v_prediction", "x0_clip": None},
+    "diffusion, scaled linear": {**DIFFUSION, "beta_schedule": "scaled_linear", "noise_clip": None},
+}
+
+ACTION_LOW, ACTION_HIGH = torch.tensor([-3.0, 10.0]), torch.tensor([1.0, 30.0])
+
+
+def fitted(case: str) -> Policy:
+    """The policy of a case with random weights (none of them zero), and scalings other than the identity."""
+    torch.manual_seed(0)
+    policy = Policy.from_config({"obs_dim": OBS_DIM, "action_dim": ACTION_DIM, **CASES[case]})
+    with torch.no_grad():
+        for weights in policy.parameters():
+            weights.add_(0.3 * torch.randn(weights.shape))
+    policy.fit_observations(torch.tensor([-4.0, 0.0, 5.0]), torch.tensor([4.0, 1.0, 9.0]))
+    policy.fit_actions(ACTION_LOW, ACTION_HIGH)
+    for _ in range(2):
+        policy.observe(observations(policy)[:, -1])
+    return policy
+
+
+def observations(policy: Policy, batch: int = BATCH) -> Tensor:
+    return torch.randn(batch, policy.config.history, OBS_DIM) * 2 + 1
+
+
+def demonstrated(policy: Policy, batch: int) -> Tensor:
+    if policy.discrete:
+        return torch.randint(ACTION_DIM, (batch,))
+    return ACTION_LOW + (ACTION_HIGH - ACTION_LOW) * torch.rand(batch, policy.config.chunk, ACTION_DIM)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def every_transition(obs: Tensor, sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Each inner step of each row, shuffled: obs, z_k, z_{k+1}, k, and the row [B*K]."""
+    batch, steps = sample.log_prob.shape
+    order = torch.randperm(batch * steps)
+    row, step = order // steps, order % steps
+    return obs[row], sample.chain[row, step], sample.chain[row, step + 1], step, row
+
+
+def assert_same_sample(ours: Sample, theirs: Sample) -> None:
+    for field in dataclasses.fields(Sample):
+        assert torch.equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+
+
+@pytest.fixture(params=CASES)
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return fitted(request.param)
+
+
+def test_every_registered_policy_has_a_case() -> None:
+    assert {case["type"] for case in CASES.values()} == set(Policy.registry)
+
+
+def test_transition_scores_what_was_sampled_as_sample_did(policy: Policy) -> None:
+    obs = observations(policy)
+    sample = policy.sample(obs, generator=seeded(0))
+    obs, latent, following, step, row = every_transition(obs, sample)
+    scored = policy.transition(obs, latent, step).log_prob(following)
+    torch.testing.assert_close(scored, sample.log_prob[row, step], rtol=1e-5, atol=1e-4)
+
+
+def test_the_log_likelihood_of_an_action_depends_on_what_was_observed(policy: Policy) -> None:
+    sample = policy.sample(obs := observations(policy), generator=seeded(0))
+    last = torch.full((BATCH,), policy.num_steps - 1)
+    scored = policy.transition(obs.roll(1, 0), sample.chain[:, -2], last).log_prob(sample.chain[:, -1])
+    assert (scored - sample.log_prob[:, -1]).abs().max() > 1e-3
+
+
+def test_a_deterministic_sample_is_scored_by_the_same_law(policy: Policy) -> None:
+    obs = observations(policy)
+    sample = policy.sample(obs, deterministic=True, generator=seeded(0))
+    obs, latent, following, step, row = every_transition(obs, sample)
+    scored = policy.transition(obs, latent, step).log_prob(following)
+    torch.testing.assert_close(scored, sample.log_prob[row, step], rtol=1e-5, atol=1e-4)
+
+
+def test_the_law_of_a_step_has_one_entry_per_row_and_the_latent_as_its_event(policy: Policy) -> None:
+    sample = policy.sample(obs := observations(policy), generator=seeded(0))
+    law = policy.transition(obs, sample.chain[:, 0], torch.zeros(BATCH, dtype=torch.int64))
+    assert law.batch_shape == (BATCH,)
+    assert law.event_shape == sample.chain.shape[2:]
+
+
+def test_the_factors_of_a_log_likelihood_sum_to_it(policy: Policy) -> None:
+    sample = policy.sample(obs := observations(policy), generator=seeded(0))
+    law = policy.transition(obs, sample.chain[:, 0], torch.zeros(BATCH, dtype=torch.int64))
+    factors = log_prob_factors(law, sample.chain[:, 1])
+    assert factors.shape == sample.chain[:, 1].shape
+    torch.testing.assert_close(factors.reshape(BATCH, -1).sum(1), law.log_prob(sample.chain[:, 1]))
+    torch.testing.assert_close(sample.log_prob_factors.reshape(BATCH, policy.num_steps, -1).sum(2), sample.log_prob)
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_a_sample_has_the_promised_shapes_and_types(policy: Policy, batch: int) -> None:
+    sample = policy.sample(observations(policy, batch), generator=seeded(0))
+    config = policy.config
+    if policy.discrete:
+        assert sample.action.shape == (batch,)
+        latent, kind = (), torch.int64
+    else:
+        assert sample.action.shape == (batch, config.executed_chunk, ACTION_DIM)
+        latent, kind = (config.chunk, ACTION_DIM), torch.float32
+    assert policy.num_steps >= 1
+    assert sample.chain.shape == (batch, policy.num_steps + 1, *latent)
+    assert sample.log_prob.shape == (batch, policy.num_steps)
+    assert sample.action.dtype == sample.chain.dtype == kind
+    assert sample.log_prob.dtype == sample.log_prob_factors.dtype == torch.float32
+    assert not sample.log_prob_factors.requires_grad
+    assert all(getattr(sample, field.name).isfinite().all() for field in dataclasses.fields(Sample))
+
+
+def test_the_generator_is_the_only_source_of_randomness(policy: Policy) -> None:
+    obs = observations(policy)
+    before = torch.get_rng_state()
+    first = policy.sample(obs, generator=seeded(5))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert_same_sample(policy.sample(obs, generator=seeded(5)), first)
+    assert not torch.equal(policy.sample(obs, generator=seeded(6)).chain, first.chain)
+
+
+def test_the_imitation_loss_is_repeated_by_the_same_generator(policy: Policy) -> None:
+    obs, action = observations(policy), demonstrated(policy, BATCH)
+    before = torch.get_rng_state()
+    first = policy.imitation_loss(obs, action, seeded(5))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.shape == ()
+    assert first == policy.imitation_loss(obs, action, seeded(5))
+
+
+def test_deterministic_evaluation_is_reproducible(policy: Policy) -> None:
+    obs = observations(policy)
+    first = policy.sample(obs, deterministic=True, generator=seeded(5))
+    assert_same_sample(policy.sample(obs, deterministic=True, generator=seeded(5)), first)
+    other = policy.sample(obs, deterministic=True, generator=seeded(6))
+    starts_from_noise = isinstance(policy, DiffusionPolicy)
+    assert torch.equal(other.chain, first.chain) != starts_from_noise
+
+
+@pytest.mark.parametrize("case", [name for name, config in CASES.items() if config["type"] != "diffusion"])
+def test_a_deterministic_action_is_the_most_likely_one_and_needs_no_randomness(case: str) -> None:
+    policy = fitted(case)
+    obs = observations(policy)
+    best = policy.sample(obs, deterministic=True).log_prob
+    torch.manual_seed(1)
+    assert torch.equal(policy.sample(obs, deterministic=True).log_prob, best)
+    for seed in range(20):
+        assert (policy.sample(obs, generator=seeded(seed)).log_prob <= best).all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_action_is_the_executed_part_of_the_last_latent_in_units_of_the_environment(
+    policy: Policy, deterministic: bool
+) -> None:
+    sample = policy.sample(observations(policy), deterministic=deterministic, generator=seeded(0))
+    if policy.discrete:
+        assert torch.equal(sample.action, sample.chain[:, -1])
+        return
+    latent = sample.chain[:, -1, : policy.config.executed_chunk]
+    final_clip = getattr(policy.config, "final_clip", None)
+    if final_clip is not None:
+        assert latent.abs().max() > final_clip  # or this test says nothing about the clip
+        latent = latent.clamp(-final_clip, final_clip)
+    expected = ACTION_LOW + (latent + 1) / 2 * (ACTION_HIGH - ACTION_LOW)
+    torch.testing.assert_close(sample.action, expected)
+
+
+def test_a_saved_policy_loads_as_the_same_policy(policy: Policy, tmp_path: Path) -> None:
+    policy.metadata = {"task": {"name": "hopper", "max_episode_steps": None}, "steps": 3}
+    policy.save_pretrained(tmp_path)
+    loaded = Policy.from_pretrained(tmp_path)
+    assert type(loaded) is type(policy)
+    assert loaded.config == policy.config
+    assert loaded.metadata == policy.metadata
+    assert not loaded.training
+    for name, weights in policy.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weights)
+        assert loaded.state_dict()[name].dtype == weights.dtype
+    obs = observations(policy)
+    for deterministic in (False, True):
+        ours, theirs = (p.sample(obs, deterministic=deterministic, generator=seeded(1)) for p in (policy, loaded))
+        assert_same_sample(ours, theirs)
+    first = torch.zeros(BATCH, dtype=torch.int64)
+    laws = [p.transition(obs, ours.chain[:, 0], first).log_prob(ours.chain[:, 1]) for p in (policy, loaded)]
+    assert torch.equal(*laws)
+
+
+@pytest.mark.parametrize("source", ["transition", "imitation_loss"])
+def test_a_gradient_reaches_every_trained_parameter_and_no_frozen_one(policy: Policy, source: str) -> None:
+    obs = observations(policy, 64)
+    if source == "transition":
+        sample = policy.sample(obs, generator=seeded(0))
+        obs, latent, following, step, _ = every_transition(obs, sample)
+        policy.transition(obs, latent, step).log_prob(following).mean().backward()
+    else:
+        policy.imitation_loss(obs, demonstrated(policy, 64), seeded(0)).backward()
+    for name, weights in policy.named_parameters():
+        assert weights.requires_grad == (not name.startswith("frozen.")), name
+        if weights.requires_grad:
+            assert weights.grad is not None and weights.grad.isfinite().all() and weights.grad.abs().max() > 0, name
+        else:
+            assert weights.grad is None, name
+
+
+def test_observation_scaling_changes_through_observe_alone(policy: Policy) -> None:
+    obs = observations(policy)
+    before = policy.normalize_obs(obs)
+    policy.sample(obs, generator=seeded(0))
+    policy.imitation_loss(obs, demonstrated(policy, BATCH), seeded(0))
+    policy.transition(obs, policy.sample(obs, generator=seeded(0)).chain[:, 0], torch.zeros(BATCH, dtype=torch.int64))
+    assert torch.equal(policy.normalize_obs(obs), before)
+    policy.observe(obs[:, -1] + 100)
+    assert torch.equal(policy.normalize_obs(obs), before) != isinstance(policy.observation, RunningStandardizer)
+
+
+USE_EVERY_POLICY = """
+import importlib, pkgutil, sys
+import torch
+import policies
+for module in pkgutil.walk_packages(policies.__path__, "policies."):
+    importlib.import_module(module.name)
+for name in policies.Policy.registry:
+    policy = policies.Policy.from_config({"type": name, "obs_dim": 3, "action_dim": 2})
+    policy.sample(torch.zeros(1, 1, 3))
+print(" ".join(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_policies_are_used_without_the_training_code_and_without_simulators() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", USE_EVERY_POLICY], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    imported = set(done.stdout.split())
+    assert {"policies", "torch"} <= imported
+    assert not imported & {"dppo", "gymnasium", "hydra", "minari", "mujoco"}

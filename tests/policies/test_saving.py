@@ -1,0 +1,268 @@
+"""A checkpoint that is damaged, foreign or hostile is one readable line, and nothing in it is executed."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from policies import Policy, UserError
+
+NETWORK = {"type": "mlp", "hidden_dims": [8, 8], "activation": "tanh", "residual": False}
+TYPES = ("categorical", "diffusion", "gaussian")
+
+
+def policy(kind: str = "gaussian", **changes: Any) -> Policy:
+    torch.manual_seed(0)
+    return Policy.from_config({"type": kind, "obs_dim": 3, "action_dim": 2, "network": NETWORK, **changes})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A directory with a sound policy."""
+    policy().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refusal(directory: Path) -> str:
+    """The one line that loading ``directory`` fails with."""
+    with pytest.raises(UserError) as caught:
+        Policy.from_pretrained(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(directory) in message or "policy" in message or "network" in message
+    assert len(message) < 600
+    return message
+
+
+def edit(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_sound_policy_loads(saved: Path) -> None:
+    assert Policy.from_pretrained(saved).type == "gaussian"
+
+
+def test_a_directory_is_made_with_its_parents_and_a_policy_in_it_replaced(tmp_path: Path) -> None:
+    directory = tmp_path / "runs" / "policy"
+    policy("categorical").save_pretrained(directory)
+    policy("gaussian").save_pretrained(str(directory))
+    assert Policy.from_pretrained(str(directory)).type == "gaussian"
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_is_saved_is_plain_json_and_plain_tensors(kind: str, tmp_path: Path) -> None:
+    saved = policy(kind)
+    saved.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["type"] == kind and config["network"] == NETWORK and config["metadata"] == {}
+    assert load_file(tmp_path / "model.safetensors").keys() == saved.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    assert refusal(saved) == f"{saved} is not a policy checkpoint: it has no {name}"
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    assert "is not a policy checkpoint" in refusal(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 0.3, 0.6, 0.99, -1])
+def test_weights_that_were_cut_short_are_refused(saved: Path, length: float) -> None:
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(length * len(whole)) if 0 < length < 1 else int(length)])
+    assert len(path.read_bytes()) < len(whole)
+    assert "damaged or does not fit config.json" in refusal(saved)
+
+
+def test_weights_with_a_tail_that_does_not_belong_to_them_are_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0" * 16)
+    assert "damaged" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda weights: weights.pop("raw_std"), "raw_std"),
+        (lambda weights: weights.update(extra=torch.zeros(2)), "extra"),
+        (lambda weights: weights.update(raw_std=torch.zeros(5)), "raw_std"),
+    ],
+    ids=["missing", "unknown", "of another shape"],
+)
+def test_a_weight_that_does_not_fit_is_named(saved: Path, change: Callable[[dict], object], named: str) -> None:
+    weights = load_file(saved / "model.safetensors")
+    change(weights)
+    save_file(weights, saved / "model.safetensors")
+    assert named in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"obs_dim": 4},
+        {"action_dim": 3},
+        {"history": 2},
+        {"chunk": 3},
+        {"std": "state"},
+        {"observation_scaling": "running"},
+        {"network": {**NETWORK, "hidden_dims": [8, 9]}},
+        {"network": {**NETWORK, "hidden_dims": [8, 8, 8]}},
+        {"network": {**NETWORK, "hidden_dims": [8, 8, 8], "residual": True}},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_other_weights_is_refused(saved: Path, changes: dict[str, Any]) -> None:
+    edit(saved, **changes)
+    assert "does not fit config.json" in refusal(saved)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "gaussian"])
+def test_the_weights_of_another_policy_type_are_refused(saved: Path, kind: str, tmp_path: Path) -> None:
+    policy(kind).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(saved / "model.safetensors")
+    assert "does not fit config.json" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"obs_dmi": 3}, "policy 'gaussian' has no setting 'obs_dmi' (did you mean obs_dim"),
+        ({"denoising_steps": 20}, "policy 'gaussian' has no setting 'denoising_steps'"),
+        (
+            {"network": {**NETWORK, "hidden_dim": [8]}},
+            "network 'mlp' has no setting 'hidden_dim' (did you mean hidden_dims",
+        ),
+        ({"network": {**NETWORK, "activation": "swish"}}, "unknown activation 'swish'"),
+        ({"network": {"type": "unet"}}, "network type 'unet'"),
+        ({"type": "gausian"}, "unknown policy type 'gausian'"),
+        ({"type": None}, "unknown policy type None"),
+        ({"type": ["gaussian"]}, "unknown policy type ['gaussian']"),
+    ],
+    ids=str,
+)
+def test_an_unknown_name_is_refused(saved: Path, changes: dict[str, Any], complaint: str) -> None:
+    edit(saved, **changes)
+    assert complaint in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"obs_dim": "three"},
+        {"obs_dim": None},
+        {"obs_dim": 2.5},
+        {"obs_dim": 0},
+        {"obs_dim": -3},
+        {"history": [1]},
+        {"executed": 5},
+        {"network": "mlp"},
+        {"network": None},
+        {"std": "fixed"},
+        {"min_std": "small"},
+        {"initial_std": float("nan")},
+        {"observation_scaling": "none"},
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_name(saved: Path, changes: dict[str, Any]) -> None:
+    edit(saved, **changes)
+    assert next(iter(changes)) in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"hidden_dims": "wide"}, {"hidden_dims": [8, "8 units"]}, {"hidden_dims": [8, -8]}, {"residual": "perhaps"}],
+    ids=str,
+)
+def test_a_network_setting_of_the_wrong_kind_is_refused_by_its_name(saved: Path, settings: dict[str, Any]) -> None:
+    edit(saved, network={**NETWORK, **settings})
+    assert next(iter(settings)) in refusal(saved)
+
+
+@pytest.mark.parametrize("prediction", ["noise", 3, None])
+def test_a_diffusion_policy_that_predicts_something_unknown_is_refused(tmp_path: Path, prediction: object) -> None:
+    policy("diffusion").save_pretrained(tmp_path)
+    edit(tmp_path, prediction=prediction)
+    message = refusal(tmp_path)
+    assert "prediction" in message and "epsilon" in message
+
+
+def test_a_missing_setting_is_named(saved: Path) -> None:
+    path = saved / "config.json"
+    content = json.loads(path.read_text())
+    del content["obs_dim"]
+    path.write_text(json.dumps(content))
+    assert "obs_dim" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b'{"type": "gaussian"', b"{'type': 'gaussian'}", b"not json", b"\xff\xfe\x00", b"[" * 100_000],
+    ids=["empty", "brace", "cut", "python", "text", "bytes", "nested"],
+)
+def test_a_configuration_that_is_no_json_is_refused(saved: Path, text: bytes) -> None:
+    (saved / "config.json").write_bytes(text)
+    assert "is not valid JSON" in refusal(saved)
+
+
+@pytest.mark.parametrize("value", [[], [{"type": "gaussian"}], "gaussian", 3, None, True], ids=str)
+def test_a_configuration_that_is_no_object_is_refused(saved: Path, value: object) -> None:
+    (saved / "config.json").write_text(json.dumps(value))
+    assert "is not a policy configuration" in refusal(saved)
+
+
+@pytest.mark.parametrize("metadata", [None, "hopper", [1]], ids=str)
+def test_metadata_that_is_no_object_is_refused(saved: Path, metadata: object) -> None:
+    edit(saved, metadata=metadata)
+    assert "is not a policy configuration" in refusal(saved)
+
+
+def test_a_configuration_without_metadata_loads(saved: Path) -> None:
+    path = saved / "config.json"
+    content = json.loads(path.read_text())
+    del content["metadata"]
+    path.write_text(json.dumps(content))
+    assert Policy.from_pretrained(saved).metadata == {}
+
+
+class Hostile:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_pickle_in_place_of_a_file_is_refused_and_never_executed(
+    saved: Path, name: str, write: Callable[[object, Path], object], tmp_path: Path
+) -> None:
+    trace = tmp_path / "executed"
+    hostile = Hostile(trace)
+    write({"network.input.weight": hostile}, saved / name)
+    refusal(saved)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(hostile))  # it would have been seen
+    assert trace.exists()
+
+
+def test_an_unserializable_metadata_leaves_the_saved_policy_as_it_was(saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    broken = policy()
+    broken.metadata = {"task": object()}
+    with pytest.raises(TypeError):
+        broken.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -1,0 +1,201 @@
+"""Every configuration file composes, and everything in it is known to the code that reads it."""
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from dppo.building import build_policy, build_task, build_update_rule
+from dppo.cli import COMMANDS
+from dppo.cloning import CloningConfig
+from dppo.commands.finetune import trainer_config
+from dppo.configuration import compose_config, config_directory, groups_of, options
+from dppo.critic import Critic
+from dppo.envs.vector import Spaces, space_dims
+from dppo.evaluation import EvaluationConfig
+from dppo.run_directory import RunDirectory
+from dppo.run_setup import build_sinks
+from dppo.task import Task
+from dppo.trainer import TrainerConfig
+from dppo.updates.ppo import PPOConfig
+from policies import Policy, UserError
+from policies.config import config_from_dict
+
+TRAINING = ("collect", "pretrain", "finetune")
+FILES = sorted(path.relative_to(config_directory()) for path in config_directory().rglob("*.yaml"))
+CHOICES = [path for path in FILES if len(path.parts) == 2 and path.parent.name != "tuning"]
+
+
+@cache
+def spaces_of(env_id: str, **env_kwargs: Any) -> Spaces:
+    return space_dims(Task("task", env_id, env_kwargs))
+
+
+def fits(config: dict[str, Any], spaces: Spaces) -> bool:
+    return spaces.discrete == (config["policy"]["type"] == "categorical")
+
+
+def build_everything(command: str, config: dict[str, Any]) -> None:
+    """Make every record and network that the command makes of its configuration."""
+    task = build_task(config)
+    kwargs = {} if task.env_id.endswith("PointMaze_Medium-v3") else task.env_kwargs  # a map is not hashable
+    spaces = spaces_of(task.env_id, **kwargs)
+    if fits(config, spaces):
+        policy = build_policy(config, spaces)
+        assert policy.config.chunk == config["policy"]["chunk"]
+    else:
+        with pytest.raises(UserError, match="use policy="):
+            build_policy(config, spaces)
+    if command in ("finetune", "collect"):
+        assert isinstance(build_update_rule(config), PPOConfig)
+        Critic(config["critic"], 1, spaces.obs_dim)
+    if command in ("finetune", "pretrain"):
+        evaluation = {key: value for key, value in config["evaluation"].items() if key != "interval"}
+        config_from_dict(EvaluationConfig, evaluation, "evaluation")
+    if command == "finetune":
+        trainer_config(config)
+    if command == "pretrain":
+        names = [field.name for field in dataclasses.fields(CloningConfig)]
+        config_from_dict(CloningConfig, {name: config[name] for name in names}, "pretrain")
+    if command == "collect":
+        assert config["demonstrator"]["type"] in ("expert", "waypoint")
+
+
+# --- composing
+
+
+@pytest.mark.parametrize("policy", options("policy"))
+@pytest.mark.parametrize("task", options("task"))
+@pytest.mark.parametrize("command", TRAINING)
+def test_every_command_composes_with_every_task_and_policy(command, task, policy):
+    config = compose_config(command, [f"task={task}", f"policy={policy}"])
+    assert (config["task"]["name"], config["policy"]["type"]) == (task, policy)
+    build_everything(command, config)
+
+
+@pytest.mark.parametrize("task", options("task"))
+@pytest.mark.parametrize("command", TRAINING)
+def test_every_task_has_a_policy_that_fits_it_unless_told_otherwise(command, task):
+    config = compose_config(command, [f"task={task}"])
+    spaces = space_dims(build_task(config))
+    assert fits(config, spaces)
+    build_policy(config, spaces)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_every_choice_of_every_group_composes_with_the_commands_that_have_the_group(choice):
+    group, name = choice.parent.name, choice.stem
+    commands = [command for command in COMMANDS if group in groups_of(command)]
+    assert commands, f"no command has the group {group}"
+    for command in commands if group != "experiment" else ["finetune"]:
+        build_everything(command, compose_config(command, [f"{group}={name}"]))
+
+
+@pytest.mark.parametrize("network", options("network"))
+@pytest.mark.parametrize("policy", options("policy"))
+def test_every_policy_can_be_made_of_every_network(policy, network):
+    task = "cartpole" if policy == "categorical" else "hopper"
+    config = compose_config("finetune", [f"task={task}", f"policy={policy}", f"network={network}"])
+    build_everything("finetune", config)
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_says_which_task_it_is(name):
+    text = (config_directory() / "experiment" / f"{name}.yaml").read_text()
+    assert "override /task:" in text
+    assert "override /policy:" in text
+
+
+@pytest.mark.parametrize("name", options("tuning"))
+def test_every_tuning_belongs_to_a_task_that_there_is(name):
+    pairs = [f"{task}_{policy}" for task in options("task") for policy in options("policy")]
+    assert name in [*pairs, *(f"collect_{task}" for task in options("task"))]
+
+
+def test_a_tuning_takes_effect_for_its_own_task_and_policy_only():
+    assert compose_config("finetune", ["task=cartpole"])["checkpoint"] == "scratch"
+    assert compose_config("finetune", ["task=hopper"])["checkpoint"] == "embedded"
+    kinds = [compose_config("collect", [f"task={task}"])["demonstrator"]["type"] for task in ("maze", "hopper")]
+    assert kinds == ["waypoint", "expert"]
+
+
+def test_what_the_user_sets_wins_over_tuning_experiment_and_policy():
+    config = compose_config("finetune", ["task=cartpole", "algo.batch_size=7", "env_steps=9"])
+    assert (config["algo"]["batch_size"], config["env_steps"]) == (7, 9)
+    config = compose_config("finetune", ["experiment=demo", "algo.clip=0.5", "policy.chunk=2"])
+    assert (config["algo"]["clip"], config["policy"]["chunk"]) == (0.5, 2)
+
+
+def test_every_command_composes_without_any_choice():
+    for command in COMMANDS:
+        config = compose_config(command, ["checkpoint=somewhere"] if command == "evaluate" else [])
+        assert config["seed"] == (100_000 if command == "evaluate" else 0)
+
+
+# --- nothing unknown, nothing missing
+
+
+def keys(*parts: str) -> set[str]:
+    content = OmegaConf.to_container(OmegaConf.load(config_directory().joinpath(*parts)))
+    assert isinstance(content, dict)
+    return {str(key) for key in content} - {"defaults", "type"}
+
+
+def fields(record: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(record)}
+
+
+def test_the_algorithm_lists_every_setting_that_ppo_has():
+    assert keys("algo", "ppo.yaml") == fields(PPOConfig)
+
+
+def test_the_defaults_of_ppo_are_those_of_its_record():
+    assert build_update_rule(compose_config("finetune", ["task=hopper", "policy=gaussian"])) == PPOConfig()
+
+
+@pytest.mark.parametrize("name", options("task"))
+def test_every_task_lists_every_setting_that_a_task_has(name):
+    assert set(compose_config("finetune", [f"task={name}"])["task"]) == fields(Task)
+
+
+@pytest.mark.parametrize("name", options("policy"))
+def test_every_policy_lists_every_setting_that_it_has(name):
+    listed = set(compose_config("finetune", [f"policy={name}"])["policy"]) - {"type"}
+    own = fields(Policy.registry[name].Config) - {"obs_dim", "action_dim", "network"}
+    assert listed == own - ({"executed"} if name == "categorical" else set()), "discrete actions come one at a time"
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_the_evaluation_lists_every_setting_that_an_evaluation_has(command):
+    assert set(compose_config(command, [])["evaluation"]) - {"interval"} == fields(EvaluationConfig)
+
+
+def test_the_commands_list_every_setting_of_their_records():
+    assert fields(TrainerConfig) <= keys("finetune.yaml")
+    assert fields(CloningConfig) <= keys("pretrain.yaml")
+    assert fields(EvaluationConfig) <= keys("evaluate.yaml")
+    assert fields(TrainerConfig) - {"seed", "max_minutes"} < set(compose_config("collect", [])["demonstrator"]["expert"])
+
+
+@pytest.mark.parametrize("name", options("logger"))
+def test_every_logger_can_be_made_or_says_what_is_missing(name, tmp_path):
+    config = compose_config("finetune", [f"logger={name}"])
+    run = RunDirectory(tmp_path)
+    if name == "wandb":
+        with pytest.raises(UserError, match="pip install wandb"):
+            build_sinks(config, run, "env_steps")
+        return
+    sinks = build_sinks(config, run, "env_steps")
+    assert len(sinks) == (name == "tensorboard")
+    for sink in sinks:
+        sink.close()
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_file_is_left_out_of_these_tests(path: Path):
+    """A new folder of configurations must be a group of some command."""
+    groups = {group for command in COMMANDS for group in groups_of(command)}
+    assert path.stem in COMMANDS if len(path.parts) == 1 else path.parent.name in groups
