@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from policies import UserError
 from policies.config import near_misses
@@ -53,14 +54,16 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
             if missing:
                 raise UserError(f"{command} needs {missing[0]}=...; see `dppo {command} --help`")
             content = OmegaConf.to_container(config, resolve=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
             unknown = re.match(r"Could not override '([^']*)'", str(error))
             if unknown is None:
                 raise UserError(_one_line(error)) from error
             raise _no_setting(command, unknown[1], _keys(compose(command, [*search, *choices]))) from error
     assert isinstance(content, dict)
     own = _own_settings(command)
-    groups = {path.name for folder in (config_directory(), extra) if folder for path in folder.iterdir() if path.is_dir()}
+    groups = {
+        path.name for folder in (config_directory(), extra) if folder for path in folder.iterdir() if path.is_dir()
+    }
     for key in content:
         if key not in own and key not in groups:
             raise _no_setting(command, str(key), [*own, *groups])

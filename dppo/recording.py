@@ -78,7 +78,7 @@ def record(
         raise UserError(f"give one of steps and episodes, at least 1; not steps={steps} and episodes={episodes}")
     if minari_store.is_stored(dataset_id) and not overwrite:
         raise UserError(f"dataset {dataset_id} exists already; add overwrite=true to replace it")
-    _check_spec(env)
+    check_storable(env)
     seeds = np.random.default_rng(seed)
     target, unit = (steps, "steps") if steps is not None else (episodes or 0, "episodes")
     with minari_store.staging() as staged, _progress() as progress:
@@ -185,7 +185,12 @@ def _stack(space: gym.Space[Any], values: list[Any]) -> Any:
     return np.stack([np.asarray(value) for value in values])
 
 
-def _check_spec(env: gym.Env[Any, Any]) -> None:
+def check_storable(env: gym.Env[Any, Any]) -> None:
+    """Refuse an environment that could not be recovered from a dataset.
+
+    Raises:
+        UserError: it is not registered, or not in a way that can be written down.
+    """
     try:
         recoverable = env.spec is not None and bool(env.spec.to_json())
     except (TypeError, ValueError):  # an entry point that is a class rather than its name, keyword arguments like it

@@ -78,7 +78,7 @@ class PolicyConfig:
     chunk: int = 1
     """Tp, how many actions are predicted at once."""
     executed: int | None = None
-    """Ta, how many of them are executed, and scored, before the next prediction; None: all."""
+    """Ta, how many of them are executed before the next prediction (update rules score those only); None: all."""
 
     observation_scaling: ObservationScaling = "min_max"
     """``min_max``: to [-1, 1] over the demonstrations; ``running``: by the mean and variance of all that was seen."""
@@ -120,11 +120,11 @@ class Policy(nn.Module):
         self.config = config
         self.metadata: dict[str, Any] = {}
         """Anything that travels with the weights, e.g. the task the policy was trained for."""
-        self.observation: Affine | RunningStandardizer
-        self.observation = (
+        self.obs_scaler: Affine | RunningStandardizer
+        self.obs_scaler = (
             Affine(config.obs_dim) if config.observation_scaling == "min_max" else RunningStandardizer(config.obs_dim)
         )
-        self.action = None if self.discrete else Affine(config.action_dim)
+        self.action_scaler = None if self.discrete else Affine(config.action_dim)
 
     # --- the interface that rollouts and update rules use -------------------------------------------------------
 
@@ -159,22 +159,22 @@ class Policy(nn.Module):
 
     def normalize_obs(self, obs: Tensor) -> Tensor:
         """Scale observations [..., Do] as the policy's own network sees them; a critic may share it."""
-        return self.observation.normalize(obs)
+        return self.obs_scaler.normalize(obs)
 
     def fit_observations(self, low: Tensor, high: Tensor) -> None:
         """Take min-max scaling from the range [Do], [Do] of demonstrations."""
-        if isinstance(self.observation, Affine):
-            self.observation.fit(low, high)
+        if isinstance(self.obs_scaler, Affine):
+            self.obs_scaler.fit(low, high)
 
     def fit_actions(self, low: Tensor, high: Tensor) -> None:
         """Let normalised actions in [-1, 1] stand for the range [Da], [Da]; nothing to do for discrete actions."""
-        if self.action is not None:
-            self.action.fit(low, high)
+        if self.action_scaler is not None:
+            self.action_scaler.fit(low, high)
 
     def observe(self, obs: Tensor) -> None:
         """Let running statistics (where the policy keeps any) see fresh observations [B, Do]; between updates only."""
-        if isinstance(self.observation, RunningStandardizer):
-            self.observation.update(obs)
+        if isinstance(self.obs_scaler, RunningStandardizer):
+            self.obs_scaler.update(obs)
 
     # --- construction, saving and loading -----------------------------------------------------------------------
 

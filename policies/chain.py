@@ -83,7 +83,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
     Config = DiffusionConfig
     config: DiffusionConfig
 
-    action: Affine
+    action_scaler: Affine
     scoring_std: Tensor
     alpha_bar: Tensor
     mean_coefficients: Tensor
@@ -169,7 +169,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
 
     def _action(self, latent: Tensor) -> Tensor:
         clip, latent = self.config.final_clip, latent[:, : self.config.executed_chunk]
-        return self.action.denormalize(latent if clip is None else latent.clamp(-clip, clip))
+        return self.action_scaler.denormalize(latent if clip is None else latent.clamp(-clip, clip))
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
 
     def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the denoiser at a random timestep of those that ``network`` serves."""
-        x0 = self.action.normalize(action)
+        x0 = self.action_scaler.normalize(action)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         timestep = torch.randint(self.num_steps, (len(x0),), generator=generator, device=x0.device)
         alpha_bar = self.alpha_bar[timestep][:, None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +21,11 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
+@cache
+def _adapter(cls: type[Record]) -> TypeAdapter[Record]:
+    return TypeAdapter(cls)
+
+
 def config_from_dict(cls: type[Record], values: Mapping[str, Any], where: str) -> Record:
     """Build the dataclass ``cls`` from plain data, whose types are checked (and integers taken for floats).
 
@@ -31,7 +37,7 @@ def config_from_dict(cls: type[Record], values: Mapping[str, Any], where: str) -
         if name not in fields:
             raise UserError(f"{where} has no setting {name!r}{near_misses(name, fields)}")
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return _adapter(cls).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

@@ -45,7 +45,7 @@ class GaussianPolicy(Policy, type="gaussian"):
 
     Config = GaussianConfig
     config: GaussianConfig
-    action: Affine
+    action_scaler: Affine
     num_steps = 1
 
     def __init__(self, config: GaussianConfig) -> None:
@@ -80,7 +80,7 @@ class GaussianPolicy(Policy, type="gaussian"):
         latent = law.mean + law.stddev * noise
         chain = torch.stack([torch.zeros_like(latent), latent], dim=1)  # z_0 says nothing
         return Sample(
-            self.action.denormalize(latent[:, : self.config.executed_chunk]),
+            self.action_scaler.denormalize(latent[:, : self.config.executed_chunk]),
             chain,
             log_prob_factors(law, latent)[:, None],
         )
@@ -90,4 +90,4 @@ class GaussianPolicy(Policy, type="gaussian"):
 
     def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Negative log-likelihood per action dimension, in normalised units."""
-        return -self._law(obs).log_prob(self.action.normalize(action)).mean()
+        return -self._law(obs).log_prob(self.action_scaler.normalize(action)).mean()

@@ -1,7 +1,7 @@
 """Environment steps per second, and seconds per phase, of one DPPO iteration at the paper's Hopper setting.
 
-40 environments, 500 chunk steps, Ta = 4, K = 20, K' = 10, actor 3 x 512, critic 3 x 256, batch 50,000, 5 epochs. Weights
-are random: they change what the robot does, not what an iteration costs, except that Hopper falls often and resets.
+40 environments, 500 chunk steps, Ta = 4, K = 20, K' = 10, actor 3 x 512, critic 3 x 256, batch 50,000, 5 epochs.
+Random weights: they change what the robot does, not what an iteration costs, except that Hopper falls often and resets.
 
     python scripts/benchmark_throughput.py [--iterations N] [--threads N] [--json FILE]
 """

@@ -16,7 +16,7 @@ from dppo.checkpoint import save_checkpoint
 from dppo.envs.maze import WaypointController
 from dppo.envs.vector import make_plain_env
 from dppo.metrics import MetricsLogger
-from dppo.recording import Demonstrator, record
+from dppo.recording import Demonstrator, check_storable, record
 from dppo.report import Progress, final_table
 from dppo.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
@@ -24,6 +24,7 @@ from dppo.statistics import summarize
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from policies import Policy, UserError
+from policies.config import config_from_dict
 
 
 class PolicyDemonstrator:
@@ -64,10 +65,11 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     if minari_store.is_stored(dataset) and not config["overwrite"]:
         raise UserError(f"dataset {dataset} exists already; set another dataset=..., or overwrite=true to replace it")
     prepare_device(config)
-    directory = open_run(config, f"collect-{task.name}-seed{config['seed']}")
-    began = time.perf_counter()
     env = make_plain_env(task)
     try:
+        check_storable(env)  # before an expert is trained for hours
+        directory = open_run(config, f"collect-{task.name}-seed{config['seed']}")
+        began = time.perf_counter()
         demonstrator, algorithm, env_steps = _demonstrator(config, task, directory, env)
         stored = record(
             env,
@@ -138,7 +140,8 @@ def _train_expert(
     torch.manual_seed(config["seed"])
     policy = scratch_policy(config, task).to(prepare_device(config))
     algo = build_update_rule(config)
-    size = TrainerConfig(env_steps, num_envs, rollout_steps, seed=int(config["seed"]))
+    settings = {"env_steps": env_steps, "num_envs": num_envs, "rollout_steps": rollout_steps, "seed": config["seed"]}
+    size = config_from_dict(TrainerConfig, settings, "demonstrator.expert")
     trainer = Trainer(policy, task, size, algo, config["critic"])
     reached = -np.inf
     try:

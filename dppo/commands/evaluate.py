@@ -6,7 +6,9 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dppo.building import check_spaces
 from dppo.checkpoint import find_policy, load_policy
+from dppo.envs.vector import space_dims
 from dppo.evaluation import EvaluationConfig, evaluate
 from dppo.report import bar, final_table
 from dppo.run_directory import write_json
@@ -23,6 +25,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     policy, task = load_policy(source, device)
     if task is None:
         raise UserError(f"{source} does not say which task it was trained for")
+    check_spaces(policy, space_dims(task), str(source), task.name)
     settings = {name: config[name] for name in ("episodes", "num_envs", "seed")}
     evaluation = config_from_dict(EvaluationConfig, settings, "evaluate")
     directory = open_run(config, f"evaluate-{task.name}-{policy.type}")

@@ -94,8 +94,6 @@ def _prepare(config: Mapping[str, Any], task: Task) -> tuple[Policy, WindowDatas
     policy.fit_observations(limits.obs_min, limits.obs_max)
     policy.fit_actions(limits.action_min, limits.action_max)
     history, chunk = policy.config.history, policy.config.chunk
-    return (
-        policy,
-        WindowDataset(train, history, chunk),
-        WindowDataset(validation, history, chunk) if validation else None,
-    )
+    windows = WindowDataset(train, history, chunk)
+    policy.observe(windows.observation)
+    return policy, windows, WindowDataset(validation, history, chunk) if validation else None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
+from dppo.cli import main
 from dppo.task import Task
 from policies import Policy
 
@@ -92,10 +93,9 @@ class PointEnv(gymnasium.Env[np.ndarray, Any]):
         return self._observe(), reward, False, self.steps >= self.length, {}
 
 
-for env in (CountingEnv, PointEnv):
-    name = f"{env.__name__.removesuffix('Env')}-v0"
-    if name not in gymnasium.registry:
-        gymnasium.register(name, env)
+if "Counting-v0" not in gymnasium.registry:
+    gymnasium.register("Counting-v0", lambda **kwargs: CountingEnv(**kwargs))
+    gymnasium.register("Point-v0", lambda **kwargs: PointEnv(**kwargs))
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +148,20 @@ def task_of(point_task: Task) -> Callable[[str], Task]:
     """A task that fits a kind of policy."""
     discrete = Task("points", "Point-v0", {"discrete": True})
     return lambda kind: discrete if kind == "categorical" else point_task
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command line that must end with status 2 and a single line on stderr, which it returns."""
+    monkeypatch.setattr("dppo.video.choose_gl_backend", lambda: None)
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.endswith("\n")
+        assert message.count("\n") == 1
+        return message[:-1]
+
+    return run

@@ -25,7 +25,7 @@ def random_inputs(flags: list[tuple[bool, bool]], num_envs: int, seed: int) -> d
 def brute_force(
     rewards: np.ndarray, values: np.ndarray, next_values: np.ndarray, terminated: bool, gamma: float, lam: float
 ) -> list[float]:
-    """Advantages of one episode, from arguments [L], as the definition reads: the sum over l of (gamma lambda)^l delta."""
+    """Advantages of one episode, from arguments [L], by the definition: the sum over l of (gamma lambda)^l delta."""
     last = len(rewards) - 1
     successor = [0.0 if terminated and t == last else next_values[t] for t in range(len(rewards))]
     delta = [rewards[t] + gamma * successor[t] - values[t] for t in range(len(rewards))]

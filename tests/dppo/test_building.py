@@ -44,7 +44,7 @@ def finetuned(small_policy: Callable[..., Policy], point_task: Task, tmp_path: P
     return save_checkpoint(tmp_path / "finetuned" / "checkpoints" / "1", policy, point_task, {})
 
 
-def start(path: Path, *overrides: str, policy: str = "diffusion") -> Policy:
+def start(path: Path, *overrides: str, policy: str = "diffusion") -> Any:
     config = compose(f"checkpoint={path}", *overrides, policy=policy)
     return starting_point(config, overridden_keys(overrides))[0]
 
@@ -141,13 +141,17 @@ def test_a_policy_from_scratch_has_running_statistics_and_the_bounds_of_the_acti
     policy = start(Path("scratch"), "policy.chunk=2", policy="gaussian")
     assert policy.config.observation_scaling == "running"
     assert policy.config.chunk == 2
-    torch.testing.assert_close(policy.action.denormalize(torch.tensor([[-1.0, 1.0]])), torch.tensor([[-1.0, 1.0]]))
+    torch.testing.assert_close(
+        policy.action_scaler.denormalize(torch.tensor([[-1.0, 1.0]])), torch.tensor([[-1.0, 1.0]])
+    )
 
 
 def test_a_policy_from_scratch_maps_its_unit_range_onto_the_actions():
     task = Task("pendulum", "Pendulum-v1")
-    policy = scratch_policy(compose(policy="gaussian"), task)
-    torch.testing.assert_close(policy.action.denormalize(torch.tensor([[-1.0], [0.5]])), torch.tensor([[-2.0], [1.0]]))
+    policy: Any = scratch_policy(compose(policy="gaussian"), task)
+    torch.testing.assert_close(
+        policy.action_scaler.denormalize(torch.tensor([[-1.0], [0.5]])), torch.tensor([[-2.0], [1.0]])
+    )
 
 
 def test_actions_without_bounds_need_a_pretrained_checkpoint(counting_task):

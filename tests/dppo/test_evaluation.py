@@ -39,7 +39,7 @@ def test_every_environment_contributes_equally_many_episodes_its_first_ones(
     assert found == [counted(env, 8 + env + i) for env in range(num_envs) for i in range(quota)]
     assert summary.episodes == len(found) >= episodes
     assert summary.return_mean == pytest.approx(np.mean([episode.undiscounted_return for episode in found]))
-    assert summary.success_rate == pytest.approx(np.mean([episode.success for episode in found]))
+    assert summary.success_rate == pytest.approx(np.mean([bool(episode.success) for episode in found]))
 
 
 @pytest.mark.parametrize("num_envs", [1, 4, 10])
@@ -111,6 +111,7 @@ def test_a_policy_read_from_disk_is_worth_exactly_what_it_was_in_training(
     in_training = evaluate(policy, task, config)
     save_checkpoint(tmp_path / "checkpoints" / "48", policy, task, trainer.state_dict())
     reloaded, its_task = load_policy(find_policy(str(tmp_path)))
+    assert its_task is not None
     assert its_task == task
     assert evaluate(reloaded, its_task, config) == in_training
     assert reloaded.num_steps == policy.num_steps

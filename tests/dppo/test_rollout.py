@@ -201,7 +201,7 @@ def counting_trainer(small_policy, counting_task, monkeypatch) -> Callable[..., 
         size = TrainerConfig(num_envs=NUM_ENVS, rollout_steps=steps)
         critic = {"type": "mlp", "hidden_dims": [4]}
         trainer = Trainer(policy, counting_task, size, PPOConfig(reward_scaling=False, **algo), critic)
-        trainer.critic = StepNumber()
+        trainer.critic = StepNumber()  # type: ignore[assignment]
         trainer.actor.reset(0)
         return trainer
 

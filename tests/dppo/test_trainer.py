@@ -20,11 +20,16 @@ def make_trainer(small_policy: Callable[..., Policy], task_of: Callable) -> Call
     """A trainer of a small policy; settings of the policy, the size of the training and the algorithm."""
 
     def build(
-        kind: str, settings: dict[str, Any] | None = None, task: Task | None = None, algo: Any = None, **size: Any
+        kind: str,
+        settings: dict[str, Any] | None = None,
+        task: Task | None = None,
+        algo: dict[str, Any] | None = None,
+        **size: Any,
     ) -> Trainer:
         policy = small_policy(kind, **(settings or {}))
         config = TrainerConfig(**{"env_steps": 1000, "num_envs": 3, "rollout_steps": 8, **size})
-        return Trainer(policy, task or task_of(kind), config, PPOConfig(**(algo or {"epochs": 2})), CRITIC)
+        algo = {"epochs": 2} if algo is None else algo
+        return Trainer(policy, task or task_of(kind), config, PPOConfig(**algo), CRITIC)
 
     return build
 
@@ -174,14 +179,14 @@ def test_running_statistics_of_observations_see_every_row_once_and_after_the_upd
     update = trainer.update_rule.update
 
     def spied(batch: Any, **kwargs: Any) -> Any:
-        seen_by_update.append(float(trainer.policy.observation.count))
+        seen_by_update.append(float(trainer.policy.obs_scaler.count))
         return update(batch, **kwargs)
 
     trainer.update_rule.update = spied
     for _ in range(2):
         trainer.iterate()
     assert seen_by_update == [0.0, 24.0]
-    assert float(trainer.policy.observation.count) == 48
+    assert float(trainer.policy.obs_scaler.count) == 48
 
 
 def test_rewards_are_scaled_only_where_that_is_asked_for(make_trainer):

@@ -140,7 +140,7 @@ def test_an_adjusted_policy_keeps_its_scaling_and_a_copy_of_its_metadata() -> No
     adjusted = pretrained.adjusted(finetuned_steps=2, exploration_std=0.05, executed=1)
     obs = observations(pretrained)
     assert torch.equal(adjusted.normalize_obs(obs), pretrained.normalize_obs(obs))
-    assert torch.equal(adjusted.action.scale, pretrained.action.scale)
+    assert torch.equal(adjusted.action_scaler.scale, pretrained.action_scaler.scale)
     assert (adjusted.config.exploration_std, adjusted.config.executed) == (0.05, 1)
     adjusted.metadata["task"] = "walker2d"
     assert pretrained.metadata == {"task": "hopper"}
@@ -280,7 +280,7 @@ def test_the_final_clip_bounds_the_action_and_leaves_what_was_sampled_and_scored
     ours, theirs = (p.sample(obs, noise=noise, deterministic=deterministic) for p in (clipping, policy))
     assert torch.equal(ours.chain, theirs.chain)
     assert torch.equal(ours.log_prob, theirs.log_prob)
-    bounds = policy.action.denormalize(torch.tensor([[-0.2] * 2, [0.2] * 2]))
+    bounds = policy.action_scaler.denormalize(torch.tensor([[-0.2] * 2, [0.2] * 2]))
     assert torch.equal(ours.action, theirs.action.clamp(bounds[0], bounds[1]))
     assert not torch.equal(ours.action, theirs.action)
 

@@ -1,6 +1,8 @@
 """What rollouts and update rules rely on, for every policy there is. A new policy is one more line in `CASES`."""
 
+import copy
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from policies import DiffusionPolicy, Policy, Sample, log_prob_factors
-from policies.normalization import RunningStandardizer
+from policies.normalization import Affine, RunningStandardizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,8 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
 ACTION_LOW, ACTION_HIGH = torch.tensor([-3.0, 10.0]), torch.tensor([1.0, 30.0])
 
 
-def fitted(case: str) -> Policy:
-    """The policy of a case with random weights (none of them zero), and scalings other than the identity."""
+@functools.cache
+def build(case: str) -> Policy:
     torch.manual_seed(0)
     policy = Policy.from_config({"obs_dim": OBS_DIM, "action_dim": ACTION_DIM, **CASES[case]})
     with torch.no_grad():
@@ -65,6 +67,13 @@ def fitted(case: str) -> Policy:
     policy.fit_actions(ACTION_LOW, ACTION_HIGH)
     for _ in range(2):
         policy.observe(observations(policy)[:, -1])
+    return policy
+
+
+def fitted(case: str) -> Policy:
+    """The policy of a case with random weights (none of them zero), and scalings other than the identity."""
+    policy = copy.deepcopy(build(case))
+    torch.manual_seed(1)
     return policy
 
 
@@ -255,6 +264,19 @@ def test_a_gradient_reaches_every_trained_parameter_and_no_frozen_one(policy: Po
             assert weights.grad is None, name
 
 
+def test_the_chain_and_the_imitation_loss_live_in_scaled_units(policy: Policy) -> None:
+    obs, action = observations(policy), demonstrated(policy, BATCH)
+    chain, loss = policy.sample(obs, generator=seeded(0)).chain, policy.imitation_loss(obs, action, seeded(0))
+    scaled_obs = policy.normalize_obs(obs)
+    assert not torch.equal(scaled_obs, obs)
+    policy.obs_scaler = Affine(OBS_DIM)  # from here on the identity
+    if not policy.discrete:
+        action = (action - ACTION_LOW) / (ACTION_HIGH - ACTION_LOW) * 2 - 1
+        policy.action_scaler = Affine(ACTION_DIM)
+    torch.testing.assert_close(policy.sample(scaled_obs, generator=seeded(0)).chain, chain)
+    torch.testing.assert_close(policy.imitation_loss(scaled_obs, action, seeded(0)), loss)
+
+
 def test_observation_scaling_changes_through_observe_alone(policy: Policy) -> None:
     obs = observations(policy)
     before = policy.normalize_obs(obs)
@@ -263,18 +285,24 @@ def test_observation_scaling_changes_through_observe_alone(policy: Policy) -> No
     policy.transition(obs, policy.sample(obs, generator=seeded(0)).chain[:, 0], torch.zeros(BATCH, dtype=torch.int64))
     assert torch.equal(policy.normalize_obs(obs), before)
     policy.observe(obs[:, -1] + 100)
-    assert torch.equal(policy.normalize_obs(obs), before) != isinstance(policy.observation, RunningStandardizer)
+    assert torch.equal(policy.normalize_obs(obs), before) != isinstance(policy.obs_scaler, RunningStandardizer)
 
 
 USE_EVERY_POLICY = """
-import importlib, pkgutil, sys
+import importlib, pkgutil, sys, tempfile
 import torch
 import policies
+obs = torch.zeros(1, 1, 3)
 for module in pkgutil.walk_packages(policies.__path__, "policies."):
     importlib.import_module(module.name)
 for name in policies.Policy.registry:
     policy = policies.Policy.from_config({"type": name, "obs_dim": 3, "action_dim": 2})
-    policy.sample(torch.zeros(1, 1, 3))
+    with tempfile.TemporaryDirectory() as directory:
+        policy.save_pretrained(directory)
+        policy = policies.Policy.from_pretrained(directory)
+    sample = policy.sample(obs)
+    policy.transition(obs, sample.chain[:, 0], torch.zeros(1, dtype=torch.int64))
+    policy.imitation_loss(obs, sample.action)
 print(" ".join(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 

@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_destroys_no_parameters(make_t
     batch = rollout_batch(trainer)
     broken = Batch(**{**vars(batch), field: torch.full_like(batch.returns, torch.nan)})
     critic = weights(trainer.critic)
-    with pytest.raises(UserError, match=f"the {what} loss became nan; lower the learning rate"):
+    with pytest.raises(UserError, match=f"^the {what} loss became nan; lower the learning rate"):
         trainer.update_rule.update(broken, progress=0.0, iteration=0)
     assert changed(critic, trainer.critic) == set()
     assert all(parameter.isfinite().all() for parameter in trainer.policy.parameters())

@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dppo.checkpoint import save_checkpoint
+from dppo.report import number
+from dppo.task import Task
+
+
+@pytest.fixture
+def saved(small_policy, tmp_path) -> Path:
+    """The run directory of a policy for the point task."""
+    task = Task("point", "Point-v0", success_reward=-0.1)
+    save_checkpoint(tmp_path / "trained" / "checkpoints" / "100", small_policy("diffusion"), task, {})
+    return tmp_path / "trained"
+
+
+def test_an_evaluation_writes_its_summary_and_every_episode(command, saved, tmp_path):
+    summary = command("evaluate", f"checkpoint={saved}", f"run={tmp_path / 'run'}", "episodes=6", "num_envs=3")
+    content = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"task", "policy", "checkpoint", "evaluation", "episodes"} == set(content) == set(summary)
+    assert content["evaluation"]["episodes"] == len(content["episodes"]) == 6
+    assert [episode["env"] for episode in content["episodes"]] == [0, 0, 1, 1, 2, 2]
+    assert set(content["episodes"][0]) == {"env", "undiscounted_return", "length", "success"}
+    returns = [episode["undiscounted_return"] for episode in content["episodes"]]
+    assert content["evaluation"]["return_mean"] == pytest.approx(sum(returns) / 6)
+
+
+def test_a_run_a_checkpoint_and_a_policy_are_evaluated_alike(command, saved, tmp_path):
+    forms = [saved, saved / "checkpoints" / "100", saved / "checkpoints" / "100" / "policy"]
+    results = [
+        command("evaluate", f"checkpoint={form}", f"run={tmp_path / str(number)}")["episodes"]
+        for number, form in enumerate(forms)
+    ]
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_run_directory_is_named_after_task_and_policy(command, saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command("evaluate", f"checkpoint={saved}")
+    command("evaluate", f"checkpoint={saved}")
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["evaluate-point-diffusion", "evaluate-point-diffusion-2"]
+
+
+def test_the_table_shows_return_and_success(command, saved, tmp_path, capsys):
+    summary = command("evaluate", f"checkpoint={saved}", f"run={tmp_path / 'run'}")
+    shown = capsys.readouterr().out
+    assert "return (95 % CI)" in shown
+    assert "success (95 % CI)" in shown
+    assert number(summary["evaluation"]["return_mean"]) in shown
+
+
+# --- errors
+
+
+def test_a_checkpoint_that_was_cut_short_is_one_line_and_writes_nothing(refused, saved, tiny, tmp_path):
+    weights = saved / "checkpoints" / "100" / "policy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    message = refused("evaluate", *tiny["evaluate"], f"checkpoint={saved}", f"run={tmp_path / 'run'}")
+    assert "model.safetensors is damaged or does not fit config.json" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_was_never_finished_is_not_taken(refused, saved):
+    (saved / "checkpoints" / "100").rename(saved / "checkpoints" / "100.tmp")
+    assert "is neither a run" in refused("evaluate", f"checkpoint={saved}")
+
+
+def test_a_policy_that_knows_no_task_is_refused(refused, small_policy, tmp_path):
+    small_policy("gaussian").save_pretrained(tmp_path / "policy")
+    assert "does not say which task it was trained for" in refused("evaluate", f"checkpoint={tmp_path / 'policy'}")
+
+
+def test_a_task_whose_environment_is_not_installed_says_so(refused, small_policy, tmp_path):
+    save_checkpoint(tmp_path / "1", small_policy("gaussian"), Task("elsewhere", "no_such_package:Reach-v0"), {})
+    message = refused("evaluate", f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}")
+    assert "needs the Python module 'no_such_package'; install it" in message
+
+
+def test_an_environment_that_returns_nan_is_named(refused, small_policy, tmp_path):
+    save_checkpoint(tmp_path / "1", small_policy("gaussian"), Task("point", "Point-v0", {"broken": 1}), {})
+    message = refused("evaluate", f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}")
+    assert "environment 0: non-finite reward" in message
+
+
+def test_a_checkpoint_whose_environment_has_changed_its_dimensions_is_refused_with_both(
+    refused, small_policy, tmp_path
+):
+    save_checkpoint(tmp_path / "1", small_policy("gaussian"), Task("pendulum", "Pendulum-v1"), {})
+    message = refused("evaluate", f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}")
+    assert "does not fit task pendulum: its policy has obs_dim 2" in message

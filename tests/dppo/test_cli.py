@@ -1,0 +1,122 @@
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import yaml
+
+from dppo import cli
+from dppo.cli import COMMANDS, main
+from dppo.configuration import groups_of, options
+
+Refused = Callable[..., str]
+
+
+# --- help
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_names_every_command_and_gives_an_example_of_each(capsys, arguments):
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    for command, (about, _) in COMMANDS.items():
+        assert f"  {command:10}{about}" in shown.out
+        assert f"  dppo {command} " in shown.out
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_a_command_lists_its_choices_settings_and_examples(capsys, command, option):
+    assert main([command, option]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: dppo {command} [key=value ...]" in text
+    for group in groups_of(command):
+        assert f"  {group}={'|'.join(options(group))}" in text
+    assert "overwrite: false" in text
+    assert "override /" not in text, "the list of defaults is Hydra's business"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_in_the_help_can_be_composed(command):
+    from dppo.configuration import compose_config
+
+    for example in cli._examples(command):
+        program, name, *overrides = example.split("#")[0].split()
+        assert (program, name) == ("dppo", command)
+        compose_config(command, overrides)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+def test_show_prints_the_whole_configuration_and_runs_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "import_module", lambda name: pytest.fail(f"{name} was run"))
+    assert main(["finetune", "task=cartpole", "--show", "algo.clip=0.25"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["algo"]["clip"], config["task"]["name"], config["seed"]) == (0.25, "cartpole", 0)
+
+
+# --- errors: status 2 and one line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fintune"], "unknown command 'fintune' (did you mean finetune?); there are: collect, pretrain, finetune, "),
+        (["xyzzy"], "unknown command 'xyzzy'; there are: collect"),
+        (["finetune", "env_step=5"], "has no setting 'env_step' (did you mean env_steps"),
+        (["finetune", "task=hoper"], "unknown task 'hoper' (did you mean hopper?)"),
+        (["finetune", "seed"], "missing EQUAL"),
+        (["finetune", "--vidoe"], "--vidoe"),
+        (["finetune", "--config-dir"], "--config-dir"),
+        (["finetune", "--config-dir", "/nowhere"], "/nowhere is not a directory"),
+        (["finetune", "task=cartpole", "seed=-1"], "seed must not be negative"),
+        (["finetune", "task=cartpole", "threads=0"], "threads must be a positive number"),
+        (["finetune", "task=cartpole", "device=gpu"], "device=gpu cannot be used"),
+        (["finetune", "task=cartpole", "algo.learning_rate=fast"], "algo, learning_rate: "),
+        (["finetune", "task=cartpole", "policy.history=many"], "history: "),
+        (["finetune", "task=cartpole", "task.env_id=CartPol-v1"], "did you mean CartPole-v1"),
+        (["finetune", "task=cartpole", "policy=gaussian", "checkpoint=scratch"], "use policy=categorical"),
+        (["evaluate"], "evaluate needs checkpoint=..."),
+        (["evaluate", "checkpoint=runs/nowhere"], "checkpoint runs/nowhere does not exist"),
+        (["pretrain", "task=cartpole"], "build it with `dppo collect task=cartpole`"),
+        (["collect", "task=cartpole", "dataset=weak"], "is not of the form namespace/name-v0"),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_line_on_stderr(refused: Refused, arguments, message):
+    assert message in refused(*arguments)
+
+
+def test_an_error_of_several_lines_is_still_one_line(refused: Refused, monkeypatch):
+    def fail(*arguments: object) -> int:
+        raise cli.UserError("first\n  second")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert refused("finetune") == "error: first   second"
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda *arguments: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["finetune"])
+
+
+def test_an_interruption_is_no_traceback(capsys, monkeypatch):
+    def interrupt(*arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert main(["finetune"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_the_program_itself_exits_with_the_status_and_without_a_traceback():
+    command = [sys.executable, "-m", "dppo.cli", "finetune", "task=hoper"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: unknown task 'hoper'")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""

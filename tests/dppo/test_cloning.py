@@ -1,0 +1,214 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dppo.cloning import Cloner, CloningConfig
+from dppo.demos import Episode, WindowDataset
+from policies import Policy, UserError
+
+SETTINGS: dict[str, Any] = {
+    "updates": 40,
+    "batch_size": 8,
+    "learning_rate": 0.01,
+    "final_learning_rate": 0.1,
+    "warmup": 0.0,
+    "weight_decay": 0.0,
+    "ema_decay": 0.9,
+}
+
+
+def windows(lengths: tuple[int, ...] = (9, 6, 5), seed: int = 0) -> WindowDataset:
+    """Of episodes whose actions are a linear function of what is seen."""
+    rng = np.random.default_rng(seed)
+    episodes = []
+    for length in lengths:
+        observation = rng.uniform(-1, 1, (length + 1, 2)).astype(np.float32)
+        action = 0.5 * observation[:-1, ::-1].copy()
+        episodes.append(Episode(observation, action, np.zeros(length, np.float32), False, True))
+    return WindowDataset(episodes, history=2, chunk=3)
+
+
+@pytest.fixture
+def make_cloner(small_policy: Callable[..., Policy]) -> Callable[..., Cloner]:
+    def build(kind: str = "diffusion", train: WindowDataset | None = None, seed: int = 0, **changes: Any) -> Cloner:
+        policy = small_policy(kind, **({"finetuned_steps": None} if kind == "diffusion" else {}))
+        settings = CloningConfig(**{**SETTINGS, **changes})
+        return Cloner(policy, train or windows(), windows((7, 4), seed=1), settings, seed=seed)
+
+    return build
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in policy.named_parameters()}
+
+
+class Spy:
+    """Keeps the windows that were asked for."""
+
+    def __init__(self, dataset: WindowDataset) -> None:
+        self.dataset, self.batches = dataset, []
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: Tensor) -> Any:
+        self.batches.append(indices.tolist())
+        return self.dataset.batch(indices)
+
+
+# --- what is learned
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "gaussian"])
+def test_the_loss_falls_on_demonstrations_and_on_unseen_episodes(make_cloner, kind):
+    cloner = make_cloner(kind, updates=300)
+    first, *_, last = [cloner.run(50) for _ in range(6)]
+    assert last["train_loss"] < first["train_loss"] - 0.05
+    assert last["validation_loss"] < first["validation_loss"] - 0.05
+
+
+def test_the_averaged_weights_are_the_exponential_moving_average_of_the_weights_after_each_update(make_cloner):
+    cloner = make_cloner()
+    cloner.run(1)
+    expected = weights(cloner.policy)
+    for _ in range(5):
+        cloner.run(1)
+        now = weights(cloner.policy)
+        expected = {name: 0.9 * expected[name] + 0.1 * now[name] for name in now}
+    averaged = weights(cloner.averaged)
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(averaged[name], weights(cloner.policy)[name])
+
+
+def test_without_a_memory_the_average_is_the_policy(make_cloner):
+    cloner = make_cloner(ema_decay=0.0)
+    cloner.run(5)
+    averaged = weights(cloner.averaged)
+    assert all(torch.equal(value, averaged[name]) for name, value in weights(cloner.policy).items())
+
+
+def test_the_scaling_of_the_policy_is_part_of_the_average(make_cloner, small_policy):
+    policy = small_policy("diffusion", finetuned_steps=None)
+    policy.fit_actions(torch.tensor([-3.0, 0.0]), torch.tensor([5.0, 2.0]))
+    cloner = Cloner(policy, windows(), None, CloningConfig(**SETTINGS), seed=0)
+    cloner.run(3)
+    assert cloner.averaged.state_dict()["action_scaler.scale"].tolist() == [4.0, 1.0]
+
+
+# --- which windows
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 20])
+def test_every_epoch_covers_every_window_once(make_cloner, batch_size):
+    spy = Spy(windows())
+    cloner = make_cloner(train=spy, batch_size=batch_size, updates=100)
+    cloner.run(100)
+    assert {len(batch) for batch in spy.batches} == {batch_size}
+    seen = [index for batch in spy.batches for index in batch]
+    epochs = [seen[start : start + 20] for start in range(0, len(seen) - 19, 20)]
+    assert len(epochs) >= 5
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1], "in another order each time"
+
+
+def test_a_batch_larger_than_the_data_is_the_data(make_cloner):
+    spy = Spy(windows())
+    cloner = make_cloner(train=spy, batch_size=256, updates=4)
+    row = cloner.run(4)
+    assert [sorted(batch) for batch in spy.batches] == [list(range(20))] * 4
+    assert row["epoch"] == 4.0
+
+
+def test_the_row_of_metrics_counts_updates_and_epochs(make_cloner):
+    cloner = make_cloner(updates=10)
+    first, second = cloner.run(6), cloner.run(6)
+    assert (first["updates"], second["updates"]) == (6, 10), "and stops where it was told"
+    assert second["epoch"] == 10 * 8 / 20
+    assert second["wall_clock_s"] > first["wall_clock_s"] > 0
+    assert set(first) >= {"updates", "epoch", "wall_clock_s", "train_loss", "validation_loss", "learning_rate"}
+
+
+def test_each_update_is_announced(make_cloner):
+    heard = []
+    make_cloner().run(7, heard.append)
+    assert heard == [1] * 7
+
+
+# --- learning rate and seeds
+
+
+def test_the_learning_rate_climbs_and_then_falls_to_its_final_share(make_cloner):
+    cloner = make_cloner(updates=10, warmup=0.2)
+    rates = [cloner.run(1)["learning_rate"] for _ in range(10)]
+    assert rates[:2] == pytest.approx([0.005, 0.01])
+    assert rates[5] == pytest.approx(0.01 * (0.1 + 0.9 * 0.5))
+    assert rates[-1] == pytest.approx(0.001)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_other_ones(make_cloner):
+    found = []
+    for seed in (4, 4, 5):
+        cloner = make_cloner(seed=seed)
+        torch.rand(3)
+        row = cloner.run(15)
+        found.append((weights(cloner.averaged), row["train_loss"], row["validation_loss"]))
+    (first, *losses), (again, *same), (other, *_) = found
+    assert losses == same
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_number_of_updates_between_rows_does_not_change_the_weights(make_cloner):
+    one, many = make_cloner(), make_cloner()
+    one.run(12)
+    for _ in range(4):
+        many.run(3)
+    assert all(torch.equal(value, weights(many.averaged)[name]) for name, value in weights(one.averaged).items())
+
+
+def test_the_validation_loss_is_the_averaged_policys_on_the_same_windows_and_noise_every_time(make_cloner):
+    cloner = make_cloner()
+    cloner.run(10)
+    first, again = cloner._validation_loss(), cloner._validation_loss()
+    assert first == again
+    with torch.no_grad():
+        next(cloner.averaged.parameters()).add_(1.0)
+    assert cloner._validation_loss() != first
+
+
+def test_without_validation_data_there_is_no_validation_loss(small_policy):
+    cloner = Cloner(small_policy("gaussian"), windows(), None, CloningConfig(**SETTINGS), seed=0)
+    assert cloner.run(2)["validation_loss"] is None
+
+
+# --- errors and state
+
+
+def test_a_loss_that_is_not_finite_is_an_error(make_cloner):
+    with pytest.raises(UserError, match=r"the imitation loss became (nan|inf); lower learning_rate"):
+        make_cloner(learning_rate=1e30).run(40)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"updates": 0}, {"batch_size": 0}, {"ema_decay": 1.0}, {"ema_decay": -0.1}], ids=str
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="must"):
+        CloningConfig(**{**SETTINGS, **settings})
+
+
+def test_the_state_holds_what_a_continued_training_would_need(make_cloner):
+    cloner = make_cloner()
+    cloner.run(4)
+    state = copy.deepcopy(cloner.state_dict())
+    assert set(state) == {"policy", "optimizer", "generator", "order", "updates"}
+    assert all(torch.equal(state["policy"][name], value) for name, value in cloner.policy.state_dict().items())
+    assert state["updates"] == 4
+    assert len(state["order"]) == 8

@@ -1,0 +1,60 @@
+"""PPO learns: CartPole from scratch, and a diffusion policy beyond the poor demonstrations that it was cloned from."""
+
+import numpy as np
+import torch
+
+from dppo.building import build_task, build_update_rule, scratch_policy
+from dppo.cloning import Cloner, CloningConfig
+from dppo.commands.finetune import trainer_config
+from dppo.configuration import compose_config
+from dppo.demos import Episode, WindowDataset
+from dppo.evaluation import EvaluationConfig, evaluate
+from dppo.task import Task
+from dppo.trainer import Trainer, TrainerConfig
+from dppo.updates.ppo import PPOConfig
+from policies import Policy
+
+
+def test_cartpole_is_solved_with_the_settings_that_come_with_it():
+    config = compose_config("finetune", ["task=cartpole", "env_steps=40_000"])
+    task = build_task(config)
+    torch.manual_seed(config["seed"])
+    policy = scratch_policy(config, task)
+    trainer = Trainer(policy, task, trainer_config(config), build_update_rule(config), config["critic"])
+    while not trainer.finished:
+        trainer.iterate()
+    assert evaluate(policy, task, EvaluationConfig(episodes=20, num_envs=20))[0].return_mean >= 475
+    assert trainer.wall_clock_s < 60
+    trainer.close()
+
+
+def cloned(seed: int) -> Policy:
+    """A small diffusion policy of demonstrations that go only halfway to the target of `PointEnv`, and not exactly."""
+    rng = np.random.default_rng(seed)
+    target = rng.uniform(-1, 1, (2001, 2)).astype(np.float32)
+    action = (0.5 * target[:-1] + rng.normal(0, 0.1, (2000, 2))).astype(np.float32)
+    dataset = WindowDataset([Episode(target, action, np.zeros(2000, np.float32), False, True)], history=1, chunk=1)
+    torch.manual_seed(seed)
+    network = {"type": "mlp", "hidden_dims": [32, 32, 32], "step_dim": 8}
+    config = {"type": "diffusion", "obs_dim": 2, "action_dim": 2, "denoising_steps": 5, "network": network}
+    settings = CloningConfig(400, 128, 3e-3, final_learning_rate=0.1, warmup=0.0, weight_decay=0.0, ema_decay=0.98)
+    cloner = Cloner(Policy.from_config(config), dataset, None, settings, seed=seed)
+    cloner.run(settings.updates)
+    return cloner.averaged
+
+
+def test_ppo_improves_a_diffusion_policy_that_was_cloned_from_poor_demonstrations():
+    task = Task("point", "Point-v0")
+    policy = cloned(seed=0).adjusted(finetuned_steps=3)
+    algo = PPOConfig(gamma=0.0, gae_lambda=0.0, epochs=5, batch_size=600, learning_rate=1e-3)
+    size = TrainerConfig(env_steps=9_000, num_envs=20, rollout_steps=30)
+    trainer = Trainer(policy, task, size, algo, {"type": "mlp", "hidden_dims": [32]})
+    episodes = EvaluationConfig(episodes=100, num_envs=50)
+    before = evaluate(policy, task, episodes)[0].return_mean
+    while not trainer.finished:
+        trainer.iterate()
+    after = evaluate(policy, task, episodes)[0].return_mean
+    trainer.close()
+    # Going halfway costs 6 * 2 * E[(x / 2)^2] = 1 an episode.
+    assert -1.3 < before < -0.7
+    assert after > -0.1
