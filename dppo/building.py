@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from dppo.checkpoint import SCRATCH, find_policy, load_policy
-from dppo.configuration import options
+from dppo.configuration import default_settings, options
 from dppo.envs.vector import Spaces, space_dims
 from dppo.task import Task
 from dppo.updates.ppo import PPOConfig
@@ -56,6 +57,18 @@ def build_update_rule(config: Plain) -> PPOConfig:
     return config_from_dict(PPOConfig, settings, "algo")
 
 
+def whole_chain(config: Plain) -> dict[str, Any]:
+    """The change of settings that leaves no part of a chain frozen, for weights that are still to be trained."""
+    return {"finetuned_steps": None} if "finetuned_steps" in config["policy"] else {}
+
+
+def policy_settings(policy: Policy) -> dict[str, Any]:
+    """``policy`` and ``network`` of a configuration that says what the policy is."""
+    settings = {"type": policy.type, **dataclasses.asdict(policy.config)}
+    network = settings.pop("network")
+    return {"policy": settings, "network": network}
+
+
 def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:
     """Refuse a policy whose dimensions are not the task's, naming both."""
     if policy.discrete != spaces.discrete:
@@ -81,7 +94,7 @@ def implied_choices(config: Plain, overridden: Collection[str], extra: Path | No
     """
     if config.get("checkpoint") in (None, SCRATCH) or "policy" not in config:
         return []
-    policy, task = load_policy(find_policy(str(config["checkpoint"]), config["task"]["name"]))
+    policy, task = load_policy(find_policy(str(config["checkpoint"]), build_task(config).name))
     implied = {"policy": policy.type, "task": "" if task is None else task.name}
     return [
         f"{group}={name}"
@@ -90,14 +103,15 @@ def implied_choices(config: Plain, overridden: Collection[str], extra: Path | No
     ]
 
 
-def scratch_policy(config: Plain, task: Task) -> Policy:
+def scratch_policy(config: Plain, task: Task, overridden: Collection[str] = ()) -> Policy:
     """An untrained policy, scaled by running statistics and the bounds of the task's actions.
 
     Raises:
         UserError: continuous actions without bounds.
     """
     spaces = space_dims(task)
-    policy = build_policy(config, spaces, observation_scaling="running")
+    chain = {} if "policy.finetuned_steps" in overridden else whole_chain(config)
+    policy = build_policy(config, spaces, observation_scaling="running", **chain)
     low, high = torch.from_numpy(spaces.action_low), torch.from_numpy(spaces.action_high)
     if not (low.isfinite().all() and high.isfinite().all()):
         raise UserError(f"task {task.name}: its actions have no bounds; start from a pretrained checkpoint instead")
@@ -108,9 +122,8 @@ def scratch_policy(config: Plain, task: Task) -> Policy:
 def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, Task]:
     """The policy that fine-tuning starts from, and its task: the checkpoint's own, unless the user named one.
 
-    A pretrained checkpoint is fine-tuned with the configuration's adjustable settings (such as the number of
-    fine-tuned steps); one that was fine-tuned before keeps its own, except for those in ``overridden``. Everything
-    else about the policy is fixed by the checkpoint.
+    The policy's settings are the checkpoint's, too, but for two kinds: adjustable ones that the configuration sets to
+    something else than their default, and the number of fine-tuned steps, which a pretrained policy does not have yet.
 
     Args:
         config: the composed configuration.
@@ -121,7 +134,9 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
     """
     task = build_task(config)
     if config["checkpoint"] == SCRATCH:
-        return scratch_policy(config, task), task
+        if "policy.observation_scaling" in overridden:
+            raise UserError("policy.observation_scaling: without demonstrations it is always running")
+        return scratch_policy(config, task, overridden), task
     directory = find_policy(str(config["checkpoint"]), task.name)
     policy, trained_for = load_policy(directory)
     if trained_for is not None and not any(key.split(".")[0] == "task" for key in overridden):
@@ -132,12 +147,14 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
             f"set checkpoint=scratch"
         )
     check_spaces(policy, space_dims(task), str(directory), task.name)
-    keys = {key.split(".", 1)[1] for key in overridden if key.startswith("policy.")}
     if any(key.startswith("network") for key in overridden):
         raise UserError(f"the network is fixed by the checkpoint {directory}; it can be chosen when pretraining only")
-    if getattr(policy.config, "finetuned_steps", None) is None:
-        changes = {key: config["policy"][key] for key in keys | (policy.config.adjustable & set(config["policy"]))}
-    else:
-        changes = {key: config["policy"][key] for key in keys}
+    settings, defaults = config["policy"], default_settings("policy", policy.type)["policy"]
+    named = {key.split(".", 1)[1] for key in overridden if key.startswith("policy.")}
+    free = policy.config.adjustable - {"finetuned_steps"}
+    chosen = {key for key in settings if key in free and settings[key] != defaults.get(key)}
+    changes = {key: settings[key] for key in named | chosen}
+    if getattr(policy.config, "finetuned_steps", 0) is None:
+        changes["finetuned_steps"] = settings["finetuned_steps"] or policy.num_steps
     changes = {key: value for key, value in changes.items() if value != getattr(policy.config, key, ...)}
     return policy.adjusted(**changes), task

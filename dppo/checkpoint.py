@@ -80,6 +80,8 @@ def find_policy(checkpoint: str, task_name: str | None = None) -> Path:
         directory = PRETRAINED / str(task_name)
         if not directory.is_dir():
             known = sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG_NAME}"))
+            if task_name is None:
+                raise UserError(f"name the task, too: checkpoint={EMBEDDED}/<task> (there are: {', '.join(known)})")
             raise UserError(
                 f"no checkpoint is embedded for task {task_name!r} (there are: {', '.join(known) or 'none'}); make one "
                 f"with `dppo collect task={task_name}` and `dppo pretrain task={task_name}`, or set checkpoint=scratch"
@@ -101,6 +103,11 @@ def find_policy(checkpoint: str, task_name: str | None = None) -> Path:
             f"policy (no {CONFIG_NAME})"
         )
     return max(finished, key=lambda entry: int(entry.name)) / "policy"
+
+
+def source_of(checkpoint: str) -> Path | None:
+    """Where the user's checkpoint lies; None for one that is embedded, or none."""
+    return None if checkpoint == SCRATCH or checkpoint.split("/")[0] == EMBEDDED else find_policy(checkpoint)
 
 
 def load_policy(directory: Path, device: str | torch.device = "cpu") -> tuple[Policy, Task | None]:

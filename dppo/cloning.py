@@ -28,7 +28,7 @@ class CloningConfig:
     updates: int
     batch_size: int
     learning_rate: float
-    final_learning_rate: float
+    final_learning_rate_share: float
     warmup: float
     weight_decay: float
     ema_decay: float
@@ -36,8 +36,12 @@ class CloningConfig:
     def __post_init__(self) -> None:
         if self.updates < 1 or self.batch_size < 1:
             raise ValueError(f"updates and batch_size must be at least 1, not {self.updates} and {self.batch_size}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+        for name in ("ema_decay", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        for name in ("learning_rate", "final_learning_rate_share", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
 
 
 class Cloner:
@@ -109,7 +113,7 @@ class Cloner:
             "cosine",
             (self.updates + 1) / self.config.updates,
             warmup=self.config.warmup,
-            final=self.config.final_learning_rate,
+            final=self.config.final_learning_rate_share,
         )
         set_learning_rate(self.optimizer, factor * self.config.learning_rate)
         if len(self.order) < self.batch_size:

@@ -47,7 +47,11 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         except HydraException as error:
             raise UserError(f"cannot read the override: {_one_line(error)}") from error
+        own, groups = _own_settings(command), groups_of(command)
         choices = [str(one.input_line) for one in parsed if _is_choice(one, extra)]
+        for key in overridden_keys(overrides):
+            if key.split(".")[0] not in (*own, *groups):
+                raise _no_setting(command, key, [*own, *groups])
         try:
             config = compose(command, [*search, *overrides])
             missing = sorted(OmegaConf.missing_keys(config))
@@ -60,14 +64,13 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
                 raise UserError(_one_line(error)) from error
             raise _no_setting(command, unknown[1], _keys(compose(command, [*search, *choices]))) from error
     assert isinstance(content, dict)
-    own = _own_settings(command)
-    groups = {
-        path.name for folder in (config_directory(), extra) if folder for path in folder.iterdir() if path.is_dir()
-    }
+    everywhere = {path.name for path in config_directory().iterdir() if path.is_dir()}
     for key in content:
-        if key not in own and key not in groups:
+        if key not in (*own, *groups, *everywhere):
             raise _no_setting(command, str(key), [*own, *groups])
-    return {str(key): value for key, value in content.items()} | _typed(content, own, command)
+    # A choice may set what only other commands have: a policy's file says how PPO trains it, and `pretrain` has no PPO.
+    kept = {str(key): value for key, value in content.items() if key in own or key in groups}
+    return kept | _typed(content, own, command)
 
 
 def overridden_keys(overrides: Sequence[str]) -> set[str]:
@@ -79,6 +82,13 @@ def options(group: str, extra: Path | None = None) -> list[str]:
     """The choices of a configuration group, those in the directory ``extra`` included."""
     directories = [config_directory()] if extra is None else [config_directory(), extra]
     return sorted({path.stem for directory in directories for path in (directory / group).glob("*.yaml")})
+
+
+def default_settings(group: str, choice: str) -> dict[str, Any]:
+    """What a choice's own file says, as plain data."""
+    content = OmegaConf.to_container(OmegaConf.load(config_directory() / group / f"{choice}.yaml"))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def groups_of(command: str) -> list[str]:
@@ -110,9 +120,8 @@ def _is_choice(override: Override, extra: Path | None) -> bool:
 
 def _own_settings(command: str) -> dict[str, Any]:
     """The settings of the command itself, as opposed to those of groups, and their defaults."""
-    content = OmegaConf.to_container(OmegaConf.load(config_directory() / f"{command}.yaml"))
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items() if key != "defaults"}
+    content = default_settings("", command)
+    return {key: value for key, value in content.items() if key != "defaults"}
 
 
 def _typed(values: Mapping[Any, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -137,6 +146,8 @@ def _typed(values: Mapping[Any, Any], defaults: Mapping[str, Any], where: str) -
 
 
 def _no_setting(where: str, key: str, known: Iterable[str]) -> UserError:
+    if key.startswith("task.env_kwargs."):
+        return UserError(f"{key} is not among the task's env_kwargs; write +{key}=... to add it")
     return UserError(f"{where} has no setting {key!r}{near_misses(key, known)}")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,11 @@ from dppo.report import bar
 from dppo.rollout import Actor, EpisodeResult
 from dppo.statistics import EvaluationSummary, summarize
 from dppo.task import Task
-from policies import Policy
+from policies import Policy, UserError
+from policies.config import config_from_dict
+
+LONGEST_EPISODE = 100_000
+"""Environment steps after which an episode without an end is given up."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,19 @@ class EvaluationConfig:
             raise ValueError("evaluation needs at least one episode and one environment")
         if self.seed < 0:
             raise ValueError(f"the seed must not be negative, but is {self.seed}")
+
+
+def evaluation_settings(config: Mapping[str, Any]) -> tuple[EvaluationConfig, int]:
+    """The ``evaluation`` block of a configuration: how to evaluate, and how often.
+
+    Raises:
+        UserError: an unknown or impossible setting.
+    """
+    settings = dict(config["evaluation"])
+    interval = settings.pop("interval")
+    if interval < 0:
+        raise UserError(f"evaluation.interval must not be negative, but is {interval}")
+    return config_from_dict(EvaluationConfig, settings, "evaluation"), interval
 
 
 def evaluate(
@@ -55,6 +73,11 @@ def evaluate(
     try:
         actor.reset(config.seed)
         while any(len(of_env) < quota for of_env in episodes):
+            if actor.tracker.lengths.max() > LONGEST_EPISODE:
+                raise UserError(
+                    f"task {task.name}: an episode has gone on for more than {LONGEST_EPISODE:,} steps; set "
+                    f"task.max_episode_steps"
+                )
             for episode in actor.act(policy, deterministic=True).episodes:
                 if len(episodes[episode.env]) < quota:
                     episodes[episode.env].append(episode)
@@ -68,7 +91,7 @@ def evaluate(
 
 def evaluate_with_progress(
     policy: Policy, task: Task, config: EvaluationConfig, name: str | None = None
-) -> EvaluationSummary:
+) -> tuple[EvaluationSummary, list[EpisodeResult]]:
     """`evaluate`, with a progress bar named after what is evaluated."""
     with bar(f"evaluating{f' ({name})' if name else ''}", config.episodes) as advance:
-        return evaluate(policy, task, config, lambda episode: advance(1))[0]
+        return evaluate(policy, task, config, lambda episode: advance(1))

@@ -28,7 +28,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-LOSSES = {"train_loss": "training", "validation_loss": "validation"}
 BLUE, ORANGE, GREY = "#1f6fb4", "#d1580f", "#666666"
 
 

@@ -38,10 +38,21 @@ def prepare_device(config: Mapping[str, Any]) -> torch.device:
         raise UserError(f"device={name} cannot be used: {detail}") from error
 
 
-def open_run(config: Mapping[str, Any], default_name: str) -> RunDirectory:
-    """Create the run directory: ``run``, or the first free ``runs/<default_name>[-n]``."""
-    path = Path(str(config["run"])).expanduser() if config["run"] is not None else free_path(RUNS / default_name)
-    directory = RunDirectory.create(path, overwrite=bool(config["overwrite"]), config=config)
+def open_run(config: Mapping[str, Any], default_name: str, source: Path | None = None) -> RunDirectory:
+    """Create the run directory: ``run``, or ``runs/<default_name>``, numbered where that exists and is to be kept.
+
+    Raises:
+        UserError: it exists and may not be overwritten, or holds ``source``, the checkpoint that the run starts from.
+    """
+    overwrite = bool(config["overwrite"])
+    path = RUNS / default_name
+    if config["run"] is not None:
+        path = Path(str(config["run"])).expanduser()
+    elif not overwrite:
+        path = free_path(path)
+    if source is not None and overwrite and source.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"overwriting {path} would delete the checkpoint {source}; choose another run=...")
+    directory = RunDirectory.create(path, overwrite=overwrite, config=config)
     print(f"writing to {directory.path}", flush=True)
     return directory
 

@@ -29,7 +29,9 @@ def log_ratio(
         reduction: ``sum`` is the true ratio; ``mean`` over the factors is what the original DPPO uses, and what its
             small clip ranges assume.
         clamp: bounds on each factor, [-5, 2] in the original DPPO.
-        executed: for factors of an action chunk [B, Tp, Da], score its first so many actions only; None: all.
+        executed: for factors of an action chunk [B, Tp, Da], score its first so many actions only; None: all. On a
+            chain this is an approximation (the original's, too): what is not executed of an inner latent still has
+            its influence on the next one.
     """
     if clamp is not None:
         new_factors, old_factors = new_factors.clamp(*clamp), old_factors.clamp(*clamp)
@@ -60,7 +62,10 @@ def clip_ranges(num_steps: int, base: float, full: float, rate: float) -> Tensor
 
 
 def approximate_kl(log_ratios: Tensor) -> Tensor:
-    """Estimate of KL(old || new) from samples of the old policy, E[r - 1 - log r] >= 0 (scalar)."""
+    """E[r - 1 - log r] >= 0 over samples of the old policy (scalar): KL(old || new) where r is the true ratio.
+
+    With ratios of mean log-likelihoods (`log_ratio` with ``mean``) it is a KL on that reduced scale only.
+    """
     return (log_ratios.expm1() - log_ratios).mean()
 
 

@@ -35,7 +35,7 @@ class TrainerConfig:
     """Environment steps to train for."""
     num_envs: int = 40
     """N, environments side by side."""
-    rollout_steps: int = 500
+    rollout_steps: int = 100
     """T, chunk steps per environment and iteration."""
     max_minutes: float | None = None
     """Stop after the iteration in which this much wall-clock time was reached; None: no limit."""
@@ -44,6 +44,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if min(self.env_steps, self.num_envs, self.rollout_steps) < 1:
             raise ValueError("env_steps, num_envs and rollout_steps must be at least 1")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes must be positive, or null for no limit, not {self.max_minutes}")
 
 
 class Trainer:
@@ -158,6 +160,7 @@ class Trainer:
             "actor_generator": self.actor.generator.get_state(),
             "iteration": self.iteration,
             "env_steps": self.env_steps,
+            "wall_clock_s": self.wall_clock_s,
         }
 
     def close(self) -> None:

@@ -209,7 +209,7 @@ class Policy(nn.Module):
         copy = type(self)(config)
         copy.load_state_dict(self._weights_for(copy))
         copy.metadata = dict(self.metadata)
-        return copy
+        return copy.to(next(self.parameters()).device).train(self.training)
 
     def _weights_for(self, other: Self) -> dict[str, Tensor]:
         """This policy's weights as ``other``, of an adjusted configuration, names them."""

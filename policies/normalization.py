@@ -18,10 +18,10 @@ class Affine(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     def fit(self, low: Tensor, high: Tensor) -> None:
-        """Map [low, high] (each [dim]) to [-1, 1]; a dimension that never varies is only centred."""
-        half = (high - low) / 2
-        self.shift.copy_((high + low) / 2)
-        self.scale.copy_(torch.where(half > 1e-6, half, torch.ones_like(half)))
+        """Map [low, high] (each [dim]) to [-1, 1]; a dimension that hardly varies is only centred, not blown up."""
+        half, centre = (high - low) / 2, (high + low) / 2
+        self.shift.copy_(centre)
+        self.scale.copy_(torch.where(half > 1e-4 * centre.abs().clamp(min=1), half, torch.ones_like(half)))
 
     def normalize(self, x: Tensor) -> Tensor:
         return (x - self.shift) / self.scale

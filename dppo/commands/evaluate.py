@@ -9,8 +9,8 @@ from typing import Any
 from dppo.building import check_spaces
 from dppo.checkpoint import find_policy, load_policy
 from dppo.envs.vector import space_dims
-from dppo.evaluation import EvaluationConfig, evaluate
-from dppo.report import bar, final_table
+from dppo.evaluation import EvaluationConfig, evaluate_with_progress
+from dppo.report import final_table
 from dppo.run_directory import write_json
 from dppo.run_setup import open_run, prepare_device
 from dppo.video import record_video
@@ -28,10 +28,9 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     check_spaces(policy, space_dims(task), str(source), task.name)
     settings = {name: config[name] for name in ("episodes", "num_envs", "seed")}
     evaluation = config_from_dict(EvaluationConfig, settings, "evaluate")
-    directory = open_run(config, f"evaluate-{task.name}-{policy.type}")
+    directory = open_run(config, f"evaluate-{task.name}-{policy.type}", source)
     began = time.perf_counter()
-    with bar("evaluating", evaluation.episodes) as advance:
-        summary, episodes = evaluate(policy, task, evaluation, lambda episode: advance(1))
+    summary, episodes = evaluate_with_progress(policy, task, evaluation)
     seconds = time.perf_counter() - began
     paths = {"results": directory.summary_path}
     if config["video"]:

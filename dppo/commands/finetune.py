@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from dppo.building import build_update_rule, starting_point
-from dppo.checkpoint import save_checkpoint
-from dppo.evaluation import EvaluationConfig, evaluate_with_progress
+from dppo.building import build_update_rule, policy_settings, starting_point
+from dppo.checkpoint import save_checkpoint, source_of
+from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
 from dppo.metrics import MetricsLogger, read_metrics
 from dppo.plots import learning_curve
 from dppo.report import Progress, final_table
 from dppo.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
+from dppo.statistics import EvaluationSummary
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.video import record_video
@@ -33,39 +34,25 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     """
     device = prepare_device(config)
     algo = build_update_rule(config)
-    evaluation = dict(config["evaluation"])
-    interval = int(evaluation.pop("interval"))
-    evaluation = config_from_dict(EvaluationConfig, evaluation, "evaluation")
+    evaluation, interval = evaluation_settings(config)
     torch.manual_seed(config["seed"])  # of the weights of a policy from scratch
     policy, task = starting_point(config, overridden)
     policy = policy.to(device)
-    config = {**config, "task": dataclasses.asdict(task)}
+    config = {**config, "task": dataclasses.asdict(task), **policy_settings(policy)}
     trainer = Trainer(policy, task, trainer_config(config), algo, config["critic"])
     try:
-        directory = open_run(
-            config, f"finetune-{task.name}-{policy.type}-{config['algo']['type']}-seed{config['seed']}"
-        )
-        sinks = build_sinks(config, directory, "env_steps")
-        with MetricsLogger(directory, sinks) as logger:
-            before = evaluate_with_progress(policy, task, evaluation, "before")
+        name = f"finetune-{task.name}-{policy.type}-{config['algo']['type']}-seed{config['seed']}"
+        directory = open_run(config, name, source_of(config["checkpoint"]))
+        with MetricsLogger(directory, build_sinks(config, directory, "env_steps")) as logger:
+            before, _ = evaluate_with_progress(policy, task, evaluation, "before")
+            write_json(directory.summary_path, _summary(config, trainer, before, None))
             videos = _videos(config, directory, policy, task, "before")
             checkpoint = _train(trainer, directory, logger, evaluation, interval, int(config["checkpoint_interval"]))
-            wall_clock_s = trainer.wall_clock_s
-            after = evaluate_with_progress(policy, task, evaluation, "after")
+            after, _ = evaluate_with_progress(policy, task, evaluation, "after")
         videos |= _videos(config, directory, policy, task, "after")
     finally:
         trainer.close()
-    summary = {
-        "task": task.name,
-        "policy": policy.type,
-        "algo": config["algo"]["type"],
-        "seed": config["seed"],
-        "env_steps": trainer.env_steps,
-        "wall_clock_s": wall_clock_s,
-        "env_steps_per_s": trainer.env_steps / wall_clock_s,
-        "before": before.as_dict(),
-        "after": after.as_dict(),
-    }
+    summary = _summary(config, trainer, before, after)
     write_json(directory.summary_path, summary)
     curve = learning_curve(
         read_metrics(directory.metrics_path),
@@ -77,10 +64,27 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     final_table(
         {"before": before, "after": after},
         env_steps=trainer.env_steps,
-        seconds=wall_clock_s,
+        seconds=trainer.wall_clock_s,
         paths={"learning curve": curve, **videos, "checkpoint": checkpoint},
     )
     return summary
+
+
+def _summary(
+    config: Mapping[str, Any], trainer: Trainer, before: EvaluationSummary, after: EvaluationSummary | None
+) -> dict[str, Any]:
+    """What ``summary.json`` holds; ``after`` is None while the run goes on."""
+    return {
+        "task": trainer.task.name,
+        "policy": trainer.policy.type,
+        "algo": config["algo"]["type"],
+        "seed": config["seed"],
+        "env_steps": trainer.env_steps,
+        "wall_clock_s": trainer.wall_clock_s,
+        "env_steps_per_s": trainer.env_steps / trainer.wall_clock_s if trainer.wall_clock_s else None,
+        "before": before.as_dict(),
+        "after": None if after is None else after.as_dict(),
+    }
 
 
 def trainer_config(config: Mapping[str, Any]) -> TrainerConfig:
@@ -97,27 +101,29 @@ def _train(
     evaluation_interval: int,
     checkpoint_interval: int,
 ) -> Path:
-    """Iterate until the budget is spent; the path of the last checkpoint."""
+    """Iterate until the budget is spent; the path of the last checkpoint. What was learned is saved however it ends."""
+    saved: dict[int, Path] = {}
 
-    def save() -> Path:
-        path = directory.checkpoints / str(trainer.env_steps)
-        return save_checkpoint(path, trainer.policy, trainer.task, trainer.state_dict())
+    def save() -> None:
+        if trainer.iteration not in saved:
+            path = directory.checkpoints / str(trainer.env_steps)
+            saved[trainer.iteration] = save_checkpoint(path, trainer.policy, trainer.task, trainer.state_dict())
 
-    saved_at = -1
-    checkpoint = directory.checkpoints
-    with Progress(trainer.config.env_steps, "env_steps") as progress:
-        while not trainer.finished:
-            row = trainer.iterate(progress.advance)
-            if evaluation_interval and trainer.iteration % evaluation_interval == 0:
-                summary = evaluate_with_progress(trainer.policy, trainer.task, evaluation, None)
-                row = {**row, "eval_return_mean": summary.return_mean, "eval_success_rate": summary.success_rate}
-            logger.log(row)
-            progress.update(row)
-            if checkpoint_interval and trainer.iteration % checkpoint_interval == 0:
-                checkpoint, saved_at = save(), trainer.iteration
-        if saved_at != trainer.iteration:
-            checkpoint = save()
-    return checkpoint
+    try:
+        with Progress(trainer.config.env_steps, "env_steps") as progress:
+            while not trainer.finished:
+                row = trainer.iterate(progress.advance)
+                if evaluation_interval and trainer.iteration % evaluation_interval == 0:
+                    result, _ = evaluate_with_progress(trainer.policy, trainer.task, evaluation)
+                    row = {**row, "eval_return_mean": result.return_mean, "eval_success_rate": result.success_rate}
+                logger.log(row)
+                progress.update(row)
+                if checkpoint_interval and trainer.iteration % checkpoint_interval == 0:
+                    save()
+    finally:
+        if trainer.iteration:
+            save()
+    return saved[trainer.iteration]
 
 
 def _videos(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dppo.building import build_policy, build_task
+from dppo.building import build_policy, build_task, policy_settings, whole_chain
 from dppo.checkpoint import save_checkpoint
 from dppo.cloning import Cloner, CloningConfig
 from dppo.demos import WindowDataset, bounds, check_dimensions, load_episodes, split_by_episode
 from dppo.envs.vector import space_dims
-from dppo.evaluation import EvaluationConfig, evaluate_with_progress
+from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
 from dppo.metrics import MetricsLogger, read_metrics
 from dppo.plots import pretraining_curve
 from dppo.report import Progress, final_table
-from dppo.run_directory import write_json
+from dppo.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.task import Task
 from dppo.video import record_video
@@ -28,33 +29,30 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     """Clone as the composed configuration of ``configs/pretrain.yaml`` says; returns what ``summary.json`` holds."""
     device = prepare_device(config)
     task = build_task(config)
-    evaluation = dict(config["evaluation"])
-    interval = int(evaluation.pop("interval"))
-    evaluation = config_from_dict(EvaluationConfig, evaluation, "evaluation")
-    names = ("updates", "batch_size", "learning_rate", "final_learning_rate", "warmup", "weight_decay", "ema_decay")
+    evaluation, interval = evaluation_settings(config)
+    names = (
+        "updates",
+        "batch_size",
+        "learning_rate",
+        "final_learning_rate_share",
+        "warmup",
+        "weight_decay",
+        "ema_decay",
+    )
     settings = config_from_dict(CloningConfig, {name: config[name] for name in names}, "pretrain")
     log_interval = config["log_interval"]
     if log_interval < 1:
         raise UserError(f"log_interval must be at least 1, not {log_interval}")
+    if "policy.finetuned_steps" in overridden:
+        raise UserError("policy.finetuned_steps is chosen when fine-tuning; pretraining trains the whole chain")
     torch.manual_seed(config["seed"])
     policy, train, validation = _prepare(config, task)
     cloner = Cloner(policy.to(device), train.to(device), validation, settings, seed=int(config["seed"]))
+    config = {**config, **policy_settings(policy)}
     directory = open_run(config, f"pretrain-{task.name}-{policy.type}-seed{config['seed']}")
-    sinks = build_sinks(config, directory, "updates")
-    with MetricsLogger(directory, sinks) as logger, Progress(settings.updates, "updates") as progress:
-        rows = 0
-        while cloner.updates < settings.updates:
-            row = cloner.run(log_interval, progress.advance)
-            rows += 1
-            if interval and rows % interval == 0 and cloner.updates < settings.updates:
-                result = evaluate_with_progress(cloner.averaged, task, evaluation)
-                row = {**row, "return_mean": result.return_mean, "success_rate": result.success_rate}
-            logger.log(row)
-            progress.update(row)
-    checkpoint = save_checkpoint(
-        directory.checkpoints / str(cloner.updates), cloner.averaged, task, cloner.state_dict()
-    )
-    result = evaluate_with_progress(cloner.averaged, task, evaluation)
+    with MetricsLogger(directory, build_sinks(config, directory, "updates")) as logger:
+        checkpoint = _train(cloner, task, directory, logger, evaluation, interval, log_interval)
+    result, _ = evaluate_with_progress(cloner.averaged, task, evaluation)
     summary = {
         "task": task.name,
         "policy": policy.type,
@@ -77,6 +75,34 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     return summary
 
 
+def _train(
+    cloner: Cloner,
+    task: Task,
+    directory: RunDirectory,
+    logger: MetricsLogger,
+    evaluation: EvaluationConfig,
+    evaluation_interval: int,
+    log_interval: int,
+) -> Path:
+    """Clone until the updates are done; the path of the checkpoint. What was learned is saved however it ends."""
+    rows = 0
+    try:
+        with Progress(cloner.config.updates, "updates") as progress:
+            while cloner.updates < cloner.config.updates:
+                row = cloner.run(log_interval, progress.advance)
+                rows += 1
+                if evaluation_interval and rows % evaluation_interval == 0 and cloner.updates < cloner.config.updates:
+                    result, _ = evaluate_with_progress(cloner.averaged, task, evaluation)
+                    row = {**row, "return_mean": result.return_mean, "success_rate": result.success_rate}
+                logger.log(row)
+                progress.update(row)
+    finally:
+        path = directory.checkpoints / str(cloner.updates)
+        if cloner.updates and all(parameter.isfinite().all() for parameter in cloner.averaged.parameters()):
+            save_checkpoint(path, cloner.averaged, task, cloner.state_dict())
+    return path
+
+
 def _prepare(config: Mapping[str, Any], task: Task) -> tuple[Policy, WindowDataset, WindowDataset | None]:
     """The untrained policy, scaled by the demonstrations, and their training and validation windows."""
     name = config["dataset"] or task.dataset
@@ -86,9 +112,7 @@ def _prepare(config: Mapping[str, Any], task: Task) -> tuple[Policy, WindowDatas
     episodes = load_episodes(name, hint=f"build it with `dppo collect task={task.name}{same}`")
     spaces = space_dims(task)
     check_dimensions(episodes, spaces.obs_dim, spaces.action_dim, spaces.discrete, dataset=f"dataset {name}")
-    # All steps of the chain are cloned; which of them are fine-tuned is for fine-tuning to say.
-    whole_chain = {"finetuned_steps": None} if "finetuned_steps" in config["policy"] else {}
-    policy = build_policy(config, spaces, **whole_chain)
+    policy = build_policy(config, spaces, **whole_chain(config))
     train, validation = split_by_episode(episodes, config["validation_fraction"], config["seed"])
     limits = bounds(train)
     policy.fit_observations(limits.obs_min, limits.obs_max)

@@ -38,7 +38,7 @@ class PPOConfig:
     critic_learning_rate: float = 1e-3
     schedule: Schedule = "constant"
     """Of both learning rates, over the whole training."""
-    final_learning_rate: float = 0.0
+    final_learning_rate_share: float = 0.0
     """Where a descending schedule ends, as a share of the learning rate."""
     weight_decay: float = 0.0
     max_grad_norm: float | None = 0.5
@@ -61,7 +61,7 @@ class PPOConfig:
     value_clip: float | None = None
     """Clip of the critic's move away from its estimates before the update; None: no clip."""
     target_kl: float | None = None
-    """Stop the actor's epochs once a minibatch's approximate KL exceeds this; None: never."""
+    """Stop the actor's epochs once a minibatch's `approximate_kl` exceeds this; None: never."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -69,9 +69,16 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda", "inner_gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
-        for name in ("learning_rate", "critic_learning_rate", "weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
+        for name in ("learning_rate", "critic_learning_rate", "weight_decay", "clip", "clip_base", "clip_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("max_grad_norm", "value_clip", "target_kl"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, or null for none, not {getattr(self, name)}")
+        if not 0 <= self.final_learning_rate_share <= 1:
+            raise ValueError(f"final_learning_rate_share must lie in [0, 1], not {self.final_learning_rate_share}")
+        if self.log_prob_clamp is not None and not self.log_prob_clamp[0] < self.log_prob_clamp[1]:
+            raise ValueError(f"log_prob_clamp must be [low, high], not {list(self.log_prob_clamp)}")
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class PPO:
         Raises:
             UserError: a loss that is not finite; the parameters are those before the step that it would have led to.
         """
-        factor = schedule_factor(self.config.schedule, progress, final=self.config.final_learning_rate)
+        factor = schedule_factor(self.config.schedule, progress, final=self.config.final_learning_rate_share)
         set_learning_rate(self.actor_optimizer, factor * self.config.learning_rate)
         set_learning_rate(self.critic_optimizer, factor * self.config.critic_learning_rate)
         pairs = len(batch) * batch.num_steps

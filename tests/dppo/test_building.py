@@ -52,10 +52,11 @@ def start(path: Path, *overrides: str, policy: str = "diffusion") -> Any:
 # --- from a checkpoint
 
 
-def test_a_pretrained_policy_takes_its_free_settings_from_the_configuration_and_all_else_from_its_weights(pretrained):
-    policy = start(pretrained, "policy.likelihood_std=0.2")
+def test_a_pretrained_policy_takes_what_was_chosen_from_the_configuration_and_all_else_from_itself(pretrained):
+    policy = start(pretrained, "policy.exploration_std=0.2")
     assert policy.num_steps == policy.config.finetuned_steps == 2
-    assert policy.config.likelihood_std == 0.2
+    assert policy.config.exploration_std == 0.2
+    assert policy.config.likelihood_std == 0.3, "the configuration has its default of 0.1"
     assert (policy.config.denoising_steps, policy.config.chunk, policy.config.history) == (4, 3, 2)
 
 
@@ -70,6 +71,19 @@ def test_a_finetuned_policy_keeps_its_own_settings_unless_they_are_given(finetun
     policy = start(finetuned)
     assert (policy.num_steps, policy.config.likelihood_std) == (3, 0.3), "the configuration has 2 and 0.1"
     assert start(finetuned, "policy.likelihood_std=0.2").config.likelihood_std == 0.2
+
+
+def test_all_steps_finetuned_stay_all_steps_finetuned(pretrained, point_task, tmp_path):
+    first = start(pretrained, "policy.finetuned_steps=null")
+    assert (first.num_steps, first.config.finetuned_steps, first.frozen) == (4, 4, None)
+    again = save_checkpoint(tmp_path / "again" / "checkpoints" / "1", first, point_task, {})
+    assert start(again).num_steps == 4, "the configuration has 2"
+
+
+def test_a_diffusion_policy_from_scratch_freezes_nothing_unless_asked(point_task):
+    assert scratch_policy(compose(), point_task).frozen is None
+    asked = "policy.finetuned_steps=1"
+    assert scratch_policy(compose(asked), point_task, overridden_keys([asked])).num_steps == 1
 
 
 def test_another_number_of_finetuned_steps_does_not_fit_a_finetuned_policy(finetuned):
@@ -218,5 +232,5 @@ def test_a_wrong_setting_of_the_update_rule_is_named(override, says):
 )
 def test_a_wrong_setting_of_the_policy_is_named(point_task, override, says):
     with pytest.raises(UserError, match=says) as caught:
-        scratch_policy(compose(override), point_task)
+        scratch_policy(compose(override), point_task, overridden_keys([override]))
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ SETTINGS: dict[str, Any] = {
     "updates": 40,
     "batch_size": 8,
     "learning_rate": 0.01,
-    "final_learning_rate": 0.1,
+    "final_learning_rate_share": 0.1,
     "warmup": 0.0,
     "weight_decay": 0.0,
     "ema_decay": 0.9,

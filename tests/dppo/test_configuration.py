@@ -155,7 +155,7 @@ def test_a_setting_of_another_command_is_unknown(command):
 
 def test_the_groups_of_a_command_are_those_of_its_defaults():
     assert groups_of("evaluate") == []
-    assert set(groups_of("pretrain")) >= {"task", "policy", "network", "logger", "experiment"}
+    assert set(groups_of("pretrain")) == {"task", "policy", "network", "logger"}
     assert options("policy") == ["categorical", "diffusion", "gaussian"]
     assert (config_directory() / "finetune.yaml").is_file()
 

@@ -120,7 +120,7 @@ def test_a_policy_read_from_disk_is_worth_exactly_what_it_was_in_training(
 def test_the_progress_bar_says_what_is_evaluated(small_policy, point_task, capsys):
     config = EvaluationConfig(4, 2)
     policy = small_policy("gaussian")
-    assert evaluate_with_progress(policy, point_task, config, "before") == evaluate(policy, point_task, config)[0]
+    assert evaluate_with_progress(policy, point_task, config, "before") == evaluate(policy, point_task, config)
     assert "evaluating (before)" in capsys.readouterr().out
 
 

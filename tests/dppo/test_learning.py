@@ -37,7 +37,9 @@ def cloned(seed: int) -> Policy:
     torch.manual_seed(seed)
     network = {"type": "mlp", "hidden_dims": [32, 32, 32], "step_dim": 8}
     config = {"type": "diffusion", "obs_dim": 2, "action_dim": 2, "denoising_steps": 5, "network": network}
-    settings = CloningConfig(400, 128, 3e-3, final_learning_rate=0.1, warmup=0.0, weight_decay=0.0, ema_decay=0.98)
+    settings = CloningConfig(
+        400, 128, 3e-3, final_learning_rate_share=0.1, warmup=0.0, weight_decay=0.0, ema_decay=0.98
+    )
     cloner = Cloner(Policy.from_config(config), dataset, None, settings, seed=seed)
     cloner.run(settings.updates)
     return cloner.averaged

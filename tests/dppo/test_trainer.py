@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -67,6 +68,14 @@ def test_another_seed_gives_another_training(make_trainer, kind):
     assert rows[0]["return_mean"] != other[0]["return_mean"]
     assert not torch.equal(first["critic.network.input.weight"], second["critic.network.input.weight"])
     assert any(not torch.equal(first[name], second[name]) for name in first if name.startswith("policy.network"))
+
+
+def test_every_source_of_randomness_follows_the_seed_and_none_follows_another(make_trainer):
+    trainers = [make_trainer("gaussian", seed=seed) for seed in (3, 4)]
+    generators = [(t.actor.generator, t.update_rule.generator) for t in trainers]
+    seeds = {generator.initial_seed() for pair in generators for generator in pair}
+    assert len(seeds) == 4
+    assert not np.array_equal(trainers[0].actor.obs, trainers[1].actor.obs)
 
 
 def test_random_numbers_drawn_elsewhere_do_not_change_the_training(make_trainer):
@@ -196,6 +205,14 @@ def test_rewards_are_scaled_only_where_that_is_asked_for(make_trainer):
         assert float(trainer.reward_scaler.statistics.count) == (24 if scaling else 0)
 
 
+def test_the_return_that_scales_rewards_begins_anew_after_a_time_limit(make_trainer):
+    task = Task("point", "Point-v0", {"length": 4, "reward": 1.0})
+    trainer = make_trainer("gaussian", {"chunk": 1, "executed": 1}, task, rollout_steps=8, algo={"gamma": 0.5})
+    trainer.iterate()
+    assert trainer.reward_scaler.discounted.tolist() == [0.0] * 3
+    assert float(trainer.reward_scaler.statistics.mean) == pytest.approx(np.mean([1, 1.5, 1.75, 1.875]))
+
+
 # --- learning
 
 
@@ -224,7 +241,8 @@ def test_the_state_holds_what_a_continued_training_would_need(make_trainer):
     trainer = make_trainer("diffusion")
     trainer.iterate()
     state = trainer.state_dict()
-    assert set(state) == {"critic", "reward_scaler", "update_rule", "actor_generator", "iteration", "env_steps"}
+    counters = {"iteration", "env_steps", "wall_clock_s"}
+    assert set(state) == {"critic", "reward_scaler", "update_rule", "actor_generator"} | counters
     assert set(state["update_rule"]) == {"actor_optimizer", "critic_optimizer", "generator"}
     assert (state["iteration"], state["env_steps"]) == (1, trainer.env_steps)
     assert state["update_rule"]["actor_optimizer"]["state"], "the moments of Adam"

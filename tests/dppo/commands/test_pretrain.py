@@ -48,7 +48,7 @@ def clone(command, point, tmp_path) -> Callable[..., tuple[Path, dict[str, Any]]
     return run
 
 
-SMALL = ("policy.denoising_steps=4", "policy.finetuned_steps=2")
+SMALL = ("policy.denoising_steps=4",)
 
 
 def test_a_diffusion_policy_is_cloned_over_its_whole_chain_and_scaled_by_the_demonstrations(clone):

@@ -236,7 +236,7 @@ def test_the_critic_leaves_no_gradient_in_the_policy_nor_the_policy_one_in_the_c
 @pytest.mark.parametrize(("schedule", "factor"), [("constant", 1.0), ("linear", 0.625), ("cosine", 0.55)])
 def test_both_learning_rates_follow_the_schedule(make_trainer, schedule, factor):
     rates = {"learning_rate": 0.01, "critic_learning_rate": 0.02}
-    trainer = make_trainer("gaussian", schedule=schedule, final_learning_rate=0.1, **rates)
+    trainer = make_trainer("gaussian", schedule=schedule, final_learning_rate_share=0.1, **rates)
     progress = 0.5 if schedule == "cosine" else 0.375 / 0.9
     metrics = trainer.update_rule.update(rollout_batch(trainer), progress=progress, iteration=0)
     optimizers = trainer.update_rule.actor_optimizer, trainer.update_rule.critic_optimizer
