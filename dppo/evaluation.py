@@ -15,6 +15,7 @@ from dppo.report import bar
 from dppo.rollout import Actor, EpisodeResult
 from dppo.statistics import EvaluationSummary, summarize
 from dppo.task import Task
+from dppo.threads import single_thread
 from policies import Policy, UserError
 from policies.config import config_from_dict
 
@@ -53,6 +54,7 @@ def evaluation_settings(config: Mapping[str, Any]) -> tuple[EvaluationConfig, in
     return config_from_dict(EvaluationConfig, settings, "evaluation"), interval
 
 
+@single_thread()
 def evaluate(
     policy: Policy,
     task: Task,

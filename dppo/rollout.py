@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dppo.envs.stepper import Step, Stepper
+from dppo.threads import single_thread
 from policies import Policy, Sample
 
 
@@ -122,6 +123,7 @@ class Actor:
         return Acted(obs, sample, step, self.tracker.update(step), time.perf_counter() - sampled)
 
 
+@single_thread()
 def collect_rollout(
     actor: Actor, policy: Policy, steps: int, on_step: Callable[[int], None] = lambda env_steps: None
 ) -> Rollout:

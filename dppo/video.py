@@ -25,6 +25,7 @@ import torch
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.vector import make_env
 from dppo.task import Task
+from dppo.threads import single_thread
 from policies.base import Policy
 from policies.errors import UserError
 
@@ -130,6 +131,7 @@ def _probe(backend: str) -> str | None:
 # --- the episode ----------------------------------------------------------------------------------------------------
 
 
+@single_thread()
 def record_video(
     policy: Policy, task: Task, path: Path, *, seed: int, max_steps: int | None = None, caption: str | None = None
 ) -> Path | None:

@@ -86,6 +86,13 @@ def test_a_diffusion_policy_from_scratch_freezes_nothing_unless_asked(point_task
     assert scratch_policy(compose(asked), point_task, overridden_keys([asked])).num_steps == 1
 
 
+def test_an_experiment_counts_as_a_choice_and_a_default_does_not(pretrained, finetuned):
+    """The configuration's own files set what the user did not name on the command line."""
+    for path in (pretrained, finetuned):
+        chosen = starting_point(compose(f"checkpoint={path}", "policy.exploration_std=0.2"), set())[0].config
+        assert (chosen.exploration_std, chosen.likelihood_std) == (0.2, 0.3)  # type: ignore[attr-defined]
+
+
 def test_another_number_of_finetuned_steps_does_not_fit_a_finetuned_policy(finetuned):
     with pytest.raises(UserError, match="already fine-tuned on its last 3 steps; leave it out"):
         start(finetuned, "policy.finetuned_steps=1")

@@ -66,9 +66,9 @@ class Spy:
 
 @pytest.mark.parametrize("kind", ["diffusion", "gaussian"])
 def test_the_loss_falls_on_demonstrations_and_on_unseen_episodes(make_cloner, kind):
-    cloner = make_cloner(kind, updates=300)
+    cloner = make_cloner(kind, windows((60, 60, 60)), updates=300, batch_size=32)
     first, *_, last = [cloner.run(50) for _ in range(6)]
-    assert last["train_loss"] < first["train_loss"] - 0.05
+    assert last["train_loss"] < first["train_loss"] - 0.2
     assert last["validation_loss"] < first["validation_loss"] - 0.05
 
 

@@ -11,7 +11,7 @@ from dppo.rollout import EpisodeResult
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.ppo import PPOConfig
-from policies import Policy
+from policies import Policy, UserError
 
 KINDS = ("gaussian", "categorical", "diffusion")
 LENGTHS = (5, 4, 1, 7)
@@ -128,6 +128,13 @@ def test_the_progress_bar_says_what_is_evaluated(small_policy, point_task, capsy
 def test_an_evaluation_of_nothing_is_refused(settings):
     with pytest.raises(ValueError, match="at least one episode"):
         EvaluationConfig(**settings)
+
+
+def test_an_episode_without_an_end_is_given_up(small_policy, monkeypatch):
+    monkeypatch.setattr("dppo.evaluation.LONGEST_EPISODE", 50)
+    task = Task("point", "Point-v0", {"length": 10**9})
+    with pytest.raises(UserError, match=r"task point: an episode has gone on for more than 50 steps; set task.max_ep"):
+        evaluate(small_policy("gaussian"), task, EvaluationConfig(2, 2))
 
 
 class FailsOnSecondCall(torch.nn.Module):

@@ -60,6 +60,23 @@ def test_a_run_may_be_named_with_a_number(tmp_path, monkeypatch):
     assert open_run({**CONFIG, "run": 7}, "unused").path == Path("7")
 
 
+def test_overwriting_a_run_without_a_name_takes_the_plain_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_run(CONFIG, "finetune-hopper")
+    assert str(open_run({**CONFIG, "overwrite": True}, "finetune-hopper").path) == "runs/finetune-hopper"
+
+
+def test_overwriting_spares_the_checkpoint_that_a_run_starts_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = open_run({**CONFIG, "run": "mine"}, "unused").path / "checkpoints" / "1" / "policy"
+    source.mkdir(parents=True)
+    for run in ("mine", "./mine", str(tmp_path / "mine")):
+        with pytest.raises(UserError, match="would delete the checkpoint"):
+            open_run({**CONFIG, "run": run, "overwrite": True}, "unused", source)
+    assert source.is_dir()
+    assert open_run({**CONFIG, "run": "other", "overwrite": True}, "unused", source).path == Path("other")
+
+
 def test_loggers_by_name(tmp_path):
     run = RunDirectory(tmp_path)
     assert build_sinks({"logger": {"type": "none"}}, run, "env_steps") == []

@@ -12,6 +12,7 @@ from dppo.checkpoint import load_policy, save_checkpoint
 from dppo.commands import finetune
 from dppo.metrics import read_metrics
 from dppo.task import Task
+from dppo.trainer import Trainer
 from policies import Policy
 
 SCRATCH = ("checkpoint=scratch", "policy=gaussian", "network.hidden_dims=[8]")
@@ -120,6 +121,40 @@ def test_without_intervals_there_is_one_checkpoint_at_the_end(tune):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["300"]
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+    """Let the training be interrupted in the middle of this iteration."""
+    iterate = Trainer.iterate
+
+    def interrupted(trainer: Trainer, *args: Any) -> Any:
+        if trainer.iteration == iteration - 1:
+            raise KeyboardInterrupt
+        return iterate(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
+
+
+def test_an_interrupted_training_keeps_what_it_learned_and_what_it_was_worth_before(
+    tune, command, tmp_path, monkeypatch
+):
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        tune("run", *SCRATCH)
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["120"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"]["episodes"] == 4
+    assert summary["after"] is None
+    assert len(read_metrics(run / "metrics.jsonl")) == 2
+    assert command("evaluate", f"checkpoint={run}", f"run={tmp_path / 'evaluated'}")["evaluation"]["episodes"] == 4
+
+
+def test_a_training_that_is_interrupted_at_once_leaves_no_checkpoint(tune, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        tune("run", *SCRATCH)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 # --- errors
 
 
@@ -131,6 +166,16 @@ def test_an_existing_run_is_left_as_it_was(refused, point, tiny, tmp_path):
     assert "run exists; choose another run=..., or overwrite=true" in refused(*arguments)
     assert "is no run of dppo" in refused(*arguments, "overwrite=true")
     assert [(path.name, path.read_text()) for path in run.iterdir()] == [("config.yaml", "precious")]
+
+
+def test_a_run_does_not_overwrite_the_checkpoint_that_it_starts_from(tune, refused, point, tiny):
+    run, _ = tune("run", *SCRATCH)
+    before = sorted(run.rglob("*"))
+    for checkpoint in (run, last_checkpoint(run)):
+        settings = [f"checkpoint={checkpoint}", "policy=gaussian", f"run={run}", "overwrite=true"]
+        message = refused("finetune", *tiny["finetune"], *point, *settings)
+        assert f"overwriting {run} would delete the checkpoint" in message
+    assert sorted(run.rglob("*")) == before
 
 
 def test_a_run_is_overwritten_only_if_that_is_asked_for(tune):

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from dppo.checkpoint import load_policy
+from dppo.cloning import Cloner
 from dppo.metrics import read_metrics
 
 
@@ -90,6 +91,22 @@ def test_the_last_row_may_cover_fewer_updates(clone):
     store()
     run, _ = clone("run", "policy=gaussian", "updates=6")
     assert [row["updates"] for row in read_metrics(run / "metrics.jsonl")] == [4, 6]
+
+
+def test_an_interrupted_cloning_keeps_what_it_learned(clone, tmp_path, monkeypatch):
+    store()
+    update = Cloner._update
+
+    def interrupted(cloner: Cloner) -> Any:
+        if cloner.updates == 6:
+            raise KeyboardInterrupt
+        return update(cloner)
+
+    monkeypatch.setattr(Cloner, "_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clone("run", "policy=gaussian")
+    assert load_policy(tmp_path / "run" / "checkpoints" / "6" / "policy")[0].type == "gaussian"
+    assert [row["updates"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [4]
 
 
 # --- errors
