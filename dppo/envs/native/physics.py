@@ -6,12 +6,17 @@ N environments, Ta chunk, Nq positions, Nv velocities, Nu controls, S size of a 
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import mujoco
+import mujoco as _mujoco
 import numpy as np
 from mujoco.rollout import Rollout
 
 from dppo.envs.native.rules import Frames
+
+mujoco: Any = _mujoco  # without types: its compiled modules have none
+MjModel = Any
+MjData = Any
 
 _STATE = int(mujoco.mjtState.mjSTATE_FULLPHYSICS)  # time, positions, velocities, activations
 
@@ -28,7 +33,7 @@ class Physics:
     """
 
     def __init__(
-        self, model: mujoco.MjModel, frame_skip: int, num_envs: int, *, fields: Sequence[str] = (), threads: int = 1
+        self, model: MjModel, frame_skip: int, num_envs: int, *, fields: Sequence[str] = (), threads: int = 1
     ) -> None:
         """Simulate `model`.
 
@@ -110,7 +115,7 @@ class Physics:
         warmstart = self._warmstart.copy()
         models = [self._model]
 
-        def roll(data: mujoco.MjData, row: int) -> None:
+        def roll(data: MjData, row: int) -> None:
             one = slice(row, row + 1)
             self._rollout.rollout(
                 models,
@@ -128,12 +133,12 @@ class Physics:
         states[:, 1:] = every[:, self._frame_skip - 1 :: self._frame_skip]
         # MuJoCo restarts a simulation that has become unstable, and a rollout ends there. Gymnasium goes on.
         due = self._state[:, 0] + (held.shape[1] - 0.5) * self._model.opt.timestep  # [N], of the time
-        for row in np.flatnonzero(~(states[:, -1, 0] > due)):
+        for row in np.flatnonzero(~(states[:, -1, 0] > due)).tolist():
             self._warmstart[row] = warmstart[row]
             self._step(self._workers[0], row, controls, states, {})
 
     def _step(
-        self, data: mujoco.MjData, row: int, controls: np.ndarray, states: np.ndarray, fields: dict[str, np.ndarray]
+        self, data: MjData, row: int, controls: np.ndarray, states: np.ndarray, fields: dict[str, np.ndarray]
     ) -> None:
         """Fill states[row, 1:] and those of the fields as Gymnasium does, an environment step at a time."""
         mujoco.mj_setState(self._model, data, states[row, 0], _STATE)
@@ -148,11 +153,11 @@ class Physics:
                 values[row, step] = getattr(data, name)
         self._warmstart[row] = data.qacc_warmstart
 
-    def _share(self, work: Callable[[mujoco.MjData, int], None]) -> None:
+    def _share(self, work: Callable[[MjData, int], None]) -> None:
         """Work on every row, with all threads: whichever is free takes the next."""
         rows = deque(range(len(self._state)))  # its popleft is safe between threads
 
-        def work_off(data: mujoco.MjData) -> None:
+        def work_off(data: MjData) -> None:
             while True:
                 try:
                     row = rows.popleft()

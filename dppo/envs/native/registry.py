@@ -28,8 +28,19 @@ _RULES: dict[str, Callable[..., Rules]] = {
 }
 """By module and class, without gymnasium.envs.mujoco before and _v4 or _v5 in between."""
 
-_OF_THE_MODEL = {"xml_file", "frame_skip", "default_camera_config"}
-"""Settings that the environment's model and frame_skip already follow; of cameras, physics knows nothing."""
+_OF_THE_MODEL = {"xml_file", "frame_skip"}
+"""Settings that the environment's model and frame_skip already follow."""
+
+_OF_PICTURES = {
+    "camera_id",
+    "camera_name",
+    "default_camera_config",
+    "height",
+    "max_geom",
+    "render_mode",
+    "visual_options",
+    "width",
+}
 
 
 def rules_of(env: gymnasium.Env) -> Rules | None:
@@ -46,17 +57,14 @@ def rules_of(env: gymnasium.Env) -> Rules | None:
     rules = _RULES.get(f"{name}:{type(inner).__qualname__}")
     if rules is None or package != "gymnasium.envs.mujoco" or version not in ("4", "5") or inner.model.nplugin:
         return None
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(type(inner)).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    }
-    if inner.spec.kwargs.keys() - known.keys():
-        return None
-    settings = {name: value for name, value in (known | inner.spec.kwargs).items() if name not in _OF_THE_MODEL}
+    parameters = inspect.signature(type(inner)).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.kind is not each.VAR_KEYWORD}
+    settings = defaults | inner.spec.kwargs
+    for name in _OF_THE_MODEL & defaults.keys() | _OF_PICTURES & settings.keys():
+        del settings[name]
     try:
         return rules(inner, int(version), **settings)
-    except TypeError as error:  # a setting that a later Gymnasium has added
+    except TypeError as error:  # a setting that only a later Gymnasium knows, or only MujocoEnv
         if "unexpected keyword argument" not in str(error):
             raise
         return None

@@ -4,6 +4,7 @@ N environments, To history, Ta executed chunk, Da action dimension, Do observati
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class VectorState:
     """[N] int64, environment steps of the running episodes."""
     history: np.ndarray
     """[N, To, Do] float32, the last observations."""
-    generators: list[dict[str, Any]]
+    generators: list[Mapping[str, Any]]
     """N states of bit generators, as numpy gives them: plain data."""
 
 
@@ -172,7 +173,7 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 def _until_first(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many of each row's flags [N, Ta] there are up to the first that is set, or at all; and whether one is."""
-    ended = flags.any(1)
+    ended = np.any(flags, axis=1)
     return np.where(ended, flags.argmax(1) + 1, flags.shape[1]), ended
 
 
