@@ -1,8 +1,8 @@
 """Environment steps per second of MuJoCo environments: Gymnasium's own, native, and what MuJoCo alone would allow.
 
 Random actions, through a `Stepper`. The limit is one call of `mujoco.rollout` for all environments that looks at
-nothing, with the states and actions of the native ones. The three take turns, so that they share the moods of the machine. The
-table has medians of the turns, for the ratios too.
+nothing, with the states and actions of the native ones. The three take turns, so that they share the moods of the
+machine. The table has medians of the turns, for the ratios too.
 
     python scripts/benchmark_environments.py [--envs N] [--chunk N] [--threads N] [--turns N] [ID ...]
 """
