@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from dppo.envs.chunk import ChunkEnv
+from dppo.envs.native.registry import rules_of
 from dppo.task import Task
 from policies.errors import UserError
 
@@ -69,19 +70,53 @@ def make_plain_env(task: Task, *, render_mode: str | None = None) -> gymnasium.E
 
 
 def make_vector_env(
-    task: Task, num_envs: int, *, history: int, chunk: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
+    task: Task,
+    num_envs: int,
+    *,
+    history: int,
+    chunk: int,
+    autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+    threads: int | None = None,
 ) -> VectorEnv:
     """`num_envs` environments of the task, stepped together: observations [N, To, Do], actions [N, Ta, Da] or [N].
+
+    MuJoCo environments of Gymnasium are stepped natively, with `threads` threads (None: one per processor), to the same
+    results; everything else is as `sync_vector_env` makes it.
 
     The observations it returns are a buffer that the next step overwrites: step it through a `Stepper`, which copies.
 
     Raises:
         UserError: as `make_env`, or `num_envs` is not positive.
     """
-    if num_envs < 1:
-        raise UserError(f"task {task.name}: num_envs must be at least 1, got {num_envs}")
+    _check_num_envs(task, num_envs)
+    if autoreset_mode is AutoresetMode.SAME_STEP:
+        env = make_env(task, history=history, chunk=chunk)
+        rules = rules_of(env.env)
+        if rules is not None:
+            # Imports mujoco, which only who has built one of its environments may do: see video.choose_gl_backend.
+            from dppo.envs.native.vector_env import NativeVectorEnv
+
+            return NativeVectorEnv(env, rules, num_envs, threads=threads)
+        env.close()
+    return sync_vector_env(task, num_envs, history=history, chunk=chunk, autoreset_mode=autoreset_mode)
+
+
+def sync_vector_env(
+    task: Task, num_envs: int, *, history: int, chunk: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
+) -> SyncVectorEnv:
+    """As `make_vector_env`, with Gymnasium's own environments, one after the other: for any task, and the reference.
+
+    Raises:
+        UserError: as `make_vector_env`.
+    """
+    _check_num_envs(task, num_envs)
     env_fns = [partial(make_env, task, history=history, chunk=chunk)] * num_envs
     return SyncVectorEnv(env_fns, copy=False, autoreset_mode=autoreset_mode)
+
+
+def _check_num_envs(task: Task, num_envs: int) -> None:
+    if num_envs < 1:
+        raise UserError(f"task {task.name}: num_envs must be at least 1, got {num_envs}")
 
 
 def space_dims(task: Task) -> Spaces:
