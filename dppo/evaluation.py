@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,6 @@ def evaluation_settings(config: Mapping[str, Any]) -> tuple[EvaluationConfig, in
     return config_from_dict(EvaluationConfig, settings, "evaluation"), interval
 
 
-@single_thread()
 def evaluate(
     policy: Policy,
     task: Task,
@@ -65,14 +65,15 @@ def evaluate(
     num_envs = min(config.num_envs, config.episodes)
     quota = -(-config.episodes // num_envs)
     device = next(policy.parameters()).device
-    env = Stepper(make_vector_env(task, num_envs, history=policy.config.history, chunk=policy.config.executed_chunk))
+    history, chunk = policy.config.history, policy.config.executed_chunk
+    env = make_vector_env(task, num_envs, history=history, chunk=chunk, threads=torch.get_num_threads())
     actor = Actor(
-        env,
+        Stepper(env),
         success_reward=task.success_reward,
         generator=torch.Generator(device).manual_seed(config.seed),
     )
     episodes: list[list[EpisodeResult]] = [[] for _ in range(num_envs)]
-    try:
+    with closing(actor.env), single_thread():
         actor.reset(config.seed)
         while any(len(of_env) < quota for of_env in episodes):
             if actor.tracker.lengths.max() > LONGEST_EPISODE:
@@ -84,8 +85,6 @@ def evaluate(
                 if len(episodes[episode.env]) < quota:
                     episodes[episode.env].append(episode)
                     on_episode(episode)
-    finally:
-        env.close()
     ordered = [episode for of_env in episodes for episode in of_env]
     successes = None if task.success_reward is None else np.array([episode.success for episode in ordered])
     return summarize(np.array([episode.undiscounted_return for episode in ordered]), successes), ordered

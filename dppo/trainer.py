@@ -65,10 +65,15 @@ class Trainer:
         self.critic = Critic(critic, policy.config.history, policy.config.obs_dim).to(device)
         self.update_rule = PPO(algo, policy, self.critic, torch.Generator(device).manual_seed(seeds[1]))
         self.reward_scaler = RewardScaler(config.num_envs, algo.gamma).to(device)
-        chunk = policy.config.executed_chunk
-        env = Stepper(make_vector_env(task, config.num_envs, history=policy.config.history, chunk=chunk))
+        env = make_vector_env(
+            task,
+            config.num_envs,
+            history=policy.config.history,
+            chunk=policy.config.executed_chunk,
+            threads=torch.get_num_threads(),
+        )
         self.actor = Actor(
-            env, success_reward=task.success_reward, generator=torch.Generator(device).manual_seed(seeds[2])
+            Stepper(env), success_reward=task.success_reward, generator=torch.Generator(device).manual_seed(seeds[2])
         )
         self.actor.reset(seeds[3])
         self.iteration = 0

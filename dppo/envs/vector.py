@@ -65,7 +65,7 @@ def make_plain_env(task: Task, *, render_mode: str | None = None) -> gymnasium.E
         if "unexpected keyword argument" not in str(error):
             raise
         raise UserError(f"task {task.name}: {task.env_id} does not take these env_kwargs: {error}") from error
-    except Exception as error:  # whatever an environment's constructor comes up with
+    except (ImportError, OSError, gymnasium.error.Error) as error:
         raise UserError(f"task {task.name}: {task.env_id} cannot be built: {error}") from error
 
 
