@@ -95,7 +95,7 @@ def _run(command: str, overrides: list[str]) -> int:
 
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return 0
-    from dppo.video import choose_gl_backend
+    from dppo.output.video import choose_gl_backend
 
     choose_gl_backend()
     import_module(f"dppo.commands.{command}").run(config, overridden_keys(overrides))

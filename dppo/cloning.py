@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dppo.demos import WindowDataset
-from dppo.metrics import Row
+from dppo.data.demos import WindowDataset
+from dppo.output.metrics import Row
 from dppo.updates.schedule import schedule_factor, set_learning_rate
 from policies import Policy, UserError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dppo.metrics import Sink, TensorBoardSink, WandbSink
-from dppo.run_directory import RunDirectory, free_path
+from dppo.output.metrics import Sink, TensorBoardSink, WandbSink
+from dppo.output.run_directory import RunDirectory, free_path
 from policies import UserError
 
 RUNS = Path("runs")

@@ -15,7 +15,7 @@ from dppo.advantages import gae
 from dppo.critic import Critic
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env
-from dppo.metrics import Row
+from dppo.output.metrics import Row
 from dppo.reward_scaling import RewardScaler
 from dppo.rollout import Actor, EpisodeResult, Rollout, collect_rollout
 from dppo.task import Task

@@ -18,7 +18,7 @@ import torch
 from dppo.building import build_task, build_update_rule, scratch_policy
 from dppo.commands.finetune import trainer_config
 from dppo.configuration import compose_config
-from dppo.metrics import Row
+from dppo.output.metrics import Row
 from dppo.trainer import Trainer
 
 PHASES = ("environment", "sampling", "scoring", "advantages", "update")

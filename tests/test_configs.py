@@ -16,7 +16,7 @@ from dppo.configuration import compose_config, config_directory, groups_of, opti
 from dppo.critic import Critic
 from dppo.envs.vector import Spaces, space_dims
 from dppo.evaluation import EvaluationConfig
-from dppo.run_directory import RunDirectory
+from dppo.output.run_directory import RunDirectory
 from dppo.run_setup import build_sinks
 from dppo.task import Task
 from dppo.trainer import TrainerConfig

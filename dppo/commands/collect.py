@@ -10,15 +10,15 @@ import gymnasium
 import numpy as np
 import torch
 
-from dppo import minari_store
 from dppo.building import build_task, build_update_rule, scratch_policy
 from dppo.checkpoint import save_checkpoint
+from dppo.data import minari_store
+from dppo.data.recording import Demonstrator, check_storable, record
 from dppo.envs.maze import WaypointController
 from dppo.envs.vector import make_plain_env
-from dppo.metrics import MetricsLogger
-from dppo.recording import Demonstrator, check_storable, record
-from dppo.report import Progress, final_table
-from dppo.run_directory import RunDirectory, write_json
+from dppo.output.metrics import MetricsLogger
+from dppo.output.report import Progress, final_table
+from dppo.output.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.statistics import summarize
 from dppo.task import Task

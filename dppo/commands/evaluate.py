@@ -10,10 +10,10 @@ from dppo.building import check_spaces
 from dppo.checkpoint import find_policy, load_policy
 from dppo.envs.vector import space_dims
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress
-from dppo.report import final_table
-from dppo.run_directory import write_json
+from dppo.output.report import final_table
+from dppo.output.run_directory import write_json
+from dppo.output.video import record_video
 from dppo.run_setup import open_run, prepare_device
-from dppo.video import record_video
 from policies import UserError
 from policies.config import config_from_dict
 

@@ -12,15 +12,15 @@ import torch
 from dppo.building import build_update_rule, policy_settings, starting_point
 from dppo.checkpoint import save_checkpoint, source_of
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
-from dppo.metrics import MetricsLogger, read_metrics
-from dppo.plots import learning_curve
-from dppo.report import Progress, final_table
-from dppo.run_directory import RunDirectory, write_json
+from dppo.output.metrics import MetricsLogger, read_metrics
+from dppo.output.plots import learning_curve
+from dppo.output.report import Progress, final_table
+from dppo.output.run_directory import RunDirectory, write_json
+from dppo.output.video import record_video
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.statistics import EvaluationSummary
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.video import record_video
 from policies import Policy
 from policies.config import config_from_dict
 

@@ -11,16 +11,16 @@ import torch
 from dppo.building import build_policy, build_task, policy_settings, whole_chain
 from dppo.checkpoint import save_checkpoint
 from dppo.cloning import Cloner, CloningConfig
-from dppo.demos import WindowDataset, bounds, check_dimensions, load_episodes, split_by_episode
+from dppo.data.demos import WindowDataset, bounds, check_dimensions, load_episodes, split_by_episode
 from dppo.envs.vector import space_dims
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
-from dppo.metrics import MetricsLogger, read_metrics
-from dppo.plots import pretraining_curve
-from dppo.report import Progress, final_table
-from dppo.run_directory import RunDirectory, write_json
+from dppo.output.metrics import MetricsLogger, read_metrics
+from dppo.output.plots import pretraining_curve
+from dppo.output.report import Progress, final_table
+from dppo.output.run_directory import RunDirectory, write_json
+from dppo.output.video import record_video
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.task import Task
-from dppo.video import record_video
 from policies import Policy, UserError
 from policies.config import config_from_dict
 

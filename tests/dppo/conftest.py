@@ -153,7 +153,7 @@ def task_of(point_task: Task) -> Callable[[str], Task]:
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs a command line that must end with status 2 and a single line on stderr, which it returns."""
-    monkeypatch.setattr("dppo.video.choose_gl_backend", lambda: None)
+    monkeypatch.setattr("dppo.output.video.choose_gl_backend", lambda: None)
 
     def run(*arguments: str) -> str:
         capsys.readouterr()

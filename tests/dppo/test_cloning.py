@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dppo.cloning import Cloner, CloningConfig
-from dppo.demos import Episode, WindowDataset
+from dppo.data.demos import Episode, WindowDataset
 from policies import Policy, UserError
 
 SETTINGS: dict[str, Any] = {

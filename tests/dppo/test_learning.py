@@ -7,7 +7,7 @@ from dppo.building import build_task, build_update_rule, scratch_policy
 from dppo.cloning import Cloner, CloningConfig
 from dppo.commands.finetune import trainer_config
 from dppo.configuration import compose_config
-from dppo.demos import Episode, WindowDataset
+from dppo.data.demos import Episode, WindowDataset
 from dppo.evaluation import EvaluationConfig, evaluate
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from dppo import run_setup
-from dppo.metrics import TensorBoardSink
-from dppo.run_directory import RunDirectory
+from dppo.output.metrics import TensorBoardSink
+from dppo.output.run_directory import RunDirectory
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from policies import UserError
 

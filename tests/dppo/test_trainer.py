@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dppo.metrics import Row
+from dppo.output.metrics import Row
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.ppo import PPOConfig

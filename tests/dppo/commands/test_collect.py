@@ -7,7 +7,7 @@ import torch
 
 from dppo.commands import collect
 from dppo.commands.collect import PolicyDemonstrator
-from dppo.demos import load_episodes
+from dppo.data.demos import load_episodes
 
 CARTPOLE = ("task=cartpole", "network.hidden_dims=[8]")
 

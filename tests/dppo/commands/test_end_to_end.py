@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from dppo.demos import load_episodes
-from dppo.metrics import read_metrics
+from dppo.data.demos import load_episodes
+from dppo.output.metrics import read_metrics
 from dppo.task import Task
 from policies import Policy
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dppo.checkpoint import save_checkpoint
-from dppo.report import number
+from dppo.output.report import number
 from dppo.task import Task
 
 

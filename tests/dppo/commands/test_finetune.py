@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dppo.checkpoint import load_policy, save_checkpoint
 from dppo.commands import finetune
-from dppo.metrics import read_metrics
+from dppo.output.metrics import read_metrics
 from dppo.task import Task
 from dppo.trainer import Trainer
 from policies import Policy

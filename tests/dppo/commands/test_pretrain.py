@@ -11,7 +11,7 @@ from minari.data_collector import EpisodeBuffer
 
 from dppo.checkpoint import load_policy
 from dppo.cloning import Cloner
-from dppo.metrics import read_metrics
+from dppo.output.metrics import read_metrics
 
 
 def store(dataset: str = "dppo/point-v0", episodes: int = 8, length: int = 6, dim: int = 2, bad: float = 0.0) -> None:

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from dppo.metrics import Row
+from dppo.output.metrics import Row
 from dppo.statistics import EvaluationSummary, Interval
 
 HEADER_EVERY = 30

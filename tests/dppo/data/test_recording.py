@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from dppo import demos, recording
+from dppo.data import demos, recording
 from policies.errors import UserError
 
 DATASET = "dppo/recorded-v0"

@@ -16,7 +16,7 @@ from minari.data_collector import EpisodeBuffer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dppo import minari_store
+from dppo.data import minari_store
 from policies.errors import UserError
 
 STEPS_IN_MEMORY = 50_000

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from dppo import run_directory
-from dppo.run_directory import RunDirectory, free_path, provenance, write_json
+from dppo.output import run_directory
+from dppo.output.run_directory import RunDirectory, free_path, provenance, write_json
 from policies.errors import UserError
 
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dppo.metrics import MetricsLogger, TensorBoardSink, WandbSink, read_metrics
-from dppo.run_directory import RunDirectory
+from dppo.output.metrics import MetricsLogger, TensorBoardSink, WandbSink, read_metrics
+from dppo.output.run_directory import RunDirectory
 from policies.errors import UserError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dppo.report import HEADER_EVERY, Progress, bar, duration, final_table, number, small
+from dppo.output.report import HEADER_EVERY, Progress, bar, duration, final_table, number, small
 from dppo.statistics import summarize
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -72,7 +72,7 @@ def test_a_terminal_has_the_lines_and_a_bar_that_is_gone_in_the_end():
 
 def test_the_time_left_is_reckoned_from_the_share_that_is_done(monkeypatch):
     clock = iter([100.0, 130.0])
-    monkeypatch.setattr("dppo.report.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("dppo.output.report.time.perf_counter", lambda: next(clock))
     screen = Screen(terminal=False)
     progress = Progress(4000, "env_steps", console=screen.console)
     progress.update(row(1))

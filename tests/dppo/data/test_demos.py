@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 
-from dppo import demos
-from dppo.demos import Episode, WindowDataset
+from dppo.data import demos
+from dppo.data.demos import Episode, WindowDataset
 from policies.errors import UserError
 
 BOX = spaces.Box(-10, 10, (2,), np.float32)

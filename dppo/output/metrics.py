@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from dppo.run_directory import RunDirectory, jsonable
+from dppo.output.run_directory import RunDirectory, jsonable
 from policies.errors import UserError
 
 Row = Mapping[str, float | int | None]

@@ -11,10 +11,10 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 
-from dppo import video
 from dppo.envs.vector import make_env
+from dppo.output import video
+from dppo.output.video import Camera, choose_gl_backend, gl_problem, record_video
 from dppo.task import Task
-from dppo.video import Camera, choose_gl_backend, gl_problem, record_video
 from policies.base import PolicyConfig
 from policies.errors import UserError
 
@@ -265,7 +265,7 @@ def test_a_machine_whose_egl_has_no_driver_goes_on_without_video(tmp_path, monke
 WHOLE = """
 import sys
 from pathlib import Path
-from dppo.video import choose_gl_backend, gl_problem, record_video
+from dppo.output.video import choose_gl_backend, gl_problem, record_video
 slow = {"mujoco", "matplotlib", "tensorboard", "scipy", "imageio"} & set(sys.modules)
 assert not slow, slow
 choose_gl_backend()

@@ -1,7 +1,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from dppo.plots import learning_curve, pretraining_curve
+from dppo.output.plots import learning_curve, pretraining_curve
 from dppo.statistics import summarize
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # matplotlib takes 0.4 s to import: only those who draw pay f
     from matplotlib.axes import Axes
 
 Rows = Sequence[Mapping[str, Any]]
-"""Metrics rows, as `dppo.metrics.read_metrics` returns them."""
+"""Metrics rows, as `dppo.output.metrics.read_metrics` returns them."""
 
 LOSSES = {"train_loss": "training", "validation_loss": "validation"}
 EVALUATIONS = ("return_mean", "success_rate")

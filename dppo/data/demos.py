@@ -22,7 +22,7 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.serialization import deserialize_space
 from torch import Tensor
 
-from dppo import minari_store
+from dppo.data import minari_store
 from policies.errors import UserError
 
 

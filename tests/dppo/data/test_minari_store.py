@@ -10,7 +10,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.storage import remotes
 from minari.storage.remotes.cloud_storage import CloudStorage
 
-from dppo import minari_store
+from dppo.data import minari_store
 from policies.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,0 +1,1 @@
+"""Demonstrations: reading, recording and storing them."""
