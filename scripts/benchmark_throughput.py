@@ -33,7 +33,8 @@ def measure(iterations: int, overrides: list[str]) -> list[Row]:
     def trainer(rollout_steps: int) -> Trainer:
         torch.manual_seed(0)
         size = trainer_config({**config, "rollout_steps": rollout_steps})
-        return Trainer(scratch_policy(config, task), task, size, algo, config["critic"])
+        policy = scratch_policy(config, task, ["policy.finetuned_steps"])
+        return Trainer(policy, task, size, algo, config["critic"])
 
     trainer(10).iterate()
     measured = trainer(config["rollout_steps"])

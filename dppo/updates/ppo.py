@@ -17,6 +17,10 @@ from dppo.updates.batch import Batch, minibatches
 from dppo.updates.schedule import Schedule, schedule_factor, set_learning_rate
 from policies import Policy, UserError, log_prob_factors
 
+MICRO_BATCH = 5000
+"""Pairs whose gradient a CPU computes at once. A larger minibatch's is summed up from such parts: what lies between its
+layers then stays in the processor's cache, and its memory is not returned to the system and fetched again each time."""
+
 
 @dataclass(frozen=True)
 class PPOConfig:
@@ -116,8 +120,11 @@ class PPO:
         self.clip_ranges = clip_ranges(policy.num_steps, base, config.clip, config.clip_rate).to(device)  # [K]
         self.discount = inner_discount(policy.num_steps, config.inner_gamma).to(device)  # [K]
 
-    def policy_loss(self, batch: Batch, rows: Tensor, steps: Tensor) -> PolicyLoss:
-        """The clipped surrogate on the pairs (rows [B] of the batch, inner steps [B])."""
+    def policy_loss(self, batch: Batch, rows: Tensor, steps: Tensor, advantages: Tensor | None = None) -> PolicyLoss:
+        """The clipped surrogate on the pairs (rows [B] of the batch, inner steps [B]).
+
+        ``advantages`` [B] are those of the actions, where they were normalised over more than these pairs.
+        """
         law = self.policy.transition(batch.obs[rows], batch.chain[rows, steps], steps)
         new_factors = log_prob_factors(law, batch.chain[rows, steps + 1])
         old_factors = batch.log_prob_factors[rows, steps]
@@ -128,14 +135,16 @@ class PPO:
             self.config.log_prob_clamp,
             self.policy.config.executed,
         )
-        advantages = batch.advantages[rows]
-        if self.config.normalize_advantages:
-            advantages = normalized(advantages)
+        advantages = self._advantages(batch, rows) if advantages is None else advantages
         clip = self.clip_ranges[steps]
         loss = clipped_loss(log_ratios, advantages * self.discount[steps], clip).mean()
         with torch.no_grad():
             clip_fraction = (log_ratios.expm1().abs() > clip).float().mean()
             return PolicyLoss(loss, log_ratios, approximate_kl(log_ratios), clip_fraction)
+
+    def _advantages(self, batch: Batch, rows: Tensor) -> Tensor:
+        advantages = batch.advantages[rows]
+        return normalized(advantages) if self.config.normalize_advantages else advantages
 
     def value_loss(self, batch: Batch, rows: Tensor) -> Tensor:
         """The critic's loss on the rows [B] of the batch."""
@@ -185,20 +194,31 @@ class PPO:
     def _actor_step(self, batch: Batch, pair: Tensor, seen: dict[str, list[Tensor]]) -> bool:
         """Learn from the pairs [B]; False where the target KL says to stop."""
         rows, steps = pair // batch.num_steps, pair % batch.num_steps
-        result = self.policy_loss(batch, rows, steps)
-        seen["policy_loss"].append(result.loss.detach())
-        seen["approx_kl"].append(result.approx_kl)
-        seen["clip_fraction"].append(result.clip_fraction)
-        if self.config.target_kl is not None and result.approx_kl > self.config.target_kl:
+        size = MICRO_BATCH if rows.device.type == "cpu" else len(rows)
+        advantages = self._advantages(batch, rows)
+        self.actor_optimizer.zero_grad()
+        parts = []
+        for part in zip(rows.split(size), steps.split(size), advantages.split(size), strict=True):
+            result = self.policy_loss(batch, *part)
+            share = len(part[0]) / len(rows)
+            (share * result.loss).backward()
+            parts.append(share * torch.stack([result.loss.detach(), result.approx_kl, result.clip_fraction]))
+        loss, approx_kl, clip_fraction = torch.stack(parts).sum(0)
+        seen["policy_loss"].append(loss)
+        seen["approx_kl"].append(approx_kl)
+        seen["clip_fraction"].append(clip_fraction)
+        if self.config.target_kl is not None and approx_kl > self.config.target_kl:
             return False
-        gradient_step(result.loss, self.actor_optimizer, self.actor_parameters, self.config.max_grad_norm, "policy")
+        apply_gradients(loss, self.actor_optimizer, self.actor_parameters, self.config.max_grad_norm, "policy")
         return True
 
     def _critic_step(self, batch: Batch, rows: Tensor, seen: dict[str, list[Tensor]]) -> None:
         loss = self.value_loss(batch, rows)
         seen["value_loss"].append(loss.detach())
+        self.critic_optimizer.zero_grad()
+        loss.backward()
         parameters = list(self.critic.parameters())
-        gradient_step(loss, self.critic_optimizer, parameters, self.config.max_grad_norm, "value")
+        apply_gradients(loss.detach(), self.critic_optimizer, parameters, self.config.max_grad_norm, "value")
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimisers and the state of the generator."""
@@ -209,14 +229,14 @@ class PPO:
         }
 
 
-def gradient_step(
+def apply_gradients(
     loss: Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     max_grad_norm: float | None,
     what: str,
 ) -> None:
-    """One optimiser step down the gradient of ``loss``.
+    """One optimiser step down the gradient that the backward pass of ``loss`` left.
 
     Raises:
         UserError: the loss or its gradient is not finite; no step is taken.
@@ -224,8 +244,6 @@ def gradient_step(
     advice = "lower the learning rate or check the rewards' scale"
     if not torch.isfinite(loss):
         raise UserError(f"the {what} loss became {loss.item()}; {advice}")
-    optimizer.zero_grad()
-    loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     if not torch.isfinite(norm):
         raise UserError(f"the gradient of the {what} loss became {norm.item()}; {advice}")

@@ -12,7 +12,7 @@ from dppo.critic import Critic
 from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
-from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig, gradient_step
+from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig, apply_gradients
 from policies import Policy, UserError
 
 CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
@@ -50,9 +50,11 @@ class Spy:
         self.results: list[PolicyLoss] = []
         policy_loss, value_loss = ppo.policy_loss, ppo.value_loss
 
-        def spied_policy_loss(batch: Batch, rows: Tensor, steps: Tensor) -> PolicyLoss:
+        def spied_policy_loss(
+            batch: Batch, rows: Tensor, steps: Tensor, advantages: Tensor | None = None
+        ) -> PolicyLoss:
             self.pairs.append((rows, steps))
-            self.results.append(policy_loss(batch, rows, steps))
+            self.results.append(policy_loss(batch, rows, steps, advantages))
             return self.results[-1]
 
         def spied_value_loss(batch: Batch, rows: Tensor) -> Tensor:
@@ -245,11 +247,26 @@ def test_both_learning_rates_follow_the_schedule(make_trainer, schedule, factor)
     assert [metrics["actor_learning_rate"], metrics["critic_learning_rate"]] == pytest.approx(used)
 
 
+def test_a_minibatch_in_parts_gives_the_step_of_the_whole(make_trainer, monkeypatch):
+    steps = []
+    for size in (7, 10_000):
+        monkeypatch.setattr("dppo.updates.ppo.MICRO_BATCH", size)
+        trainer = make_trainer("diffusion", batch_size=50)
+        metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+        steps.append((weights(trainer.policy), metrics))
+    (in_parts, metrics), (whole, expected) = steps
+    for name, weight in in_parts.items():
+        torch.testing.assert_close(weight, whole[name], rtol=1e-4, atol=1e-6)
+    for name in ("policy_loss", "approx_kl", "clip_fraction"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-7), name
+
+
 @pytest.mark.parametrize(("max_grad_norm", "length"), [(0.5, 0.5), (100.0, 10.0), (None, 10.0)])
 def test_a_gradient_is_shortened_to_the_largest_norm_allowed(max_grad_norm, length):
     weight = nn.Parameter(torch.zeros(2))
     loss = (weight * torch.tensor([6.0, 8.0])).sum()
-    gradient_step(loss, torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm, "policy")
+    loss.backward()
+    apply_gradients(loss.detach(), torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm, "policy")
     assert float(weight.detach().norm()) == pytest.approx(length, rel=1e-4)
 
 
@@ -257,8 +274,9 @@ def test_a_gradient_is_shortened_to_the_largest_norm_allowed(max_grad_norm, leng
 def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(max_grad_norm):
     weight = nn.Parameter(torch.zeros(2))
     loss = weight.abs().sqrt().sum()  # 0, but its slope is not finite
+    loss.backward()
     with pytest.raises(UserError, match="gradient of the policy loss became"):
-        gradient_step(loss, torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm, "policy")
+        apply_gradients(loss.detach(), torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm, "policy")
     assert weight.tolist() == [0.0, 0.0]
 
 
