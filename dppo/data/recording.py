@@ -10,13 +10,11 @@ import gymnasium as gym
 import minari
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 from minari import MinariDataset
 from minari.data_collector import EpisodeBuffer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dppo.data import minari_store
+from dppo.output.report import bar
 from policies.errors import UserError
 
 STEPS_IN_MEMORY = 50_000
@@ -47,9 +45,6 @@ def record(
     steps: int | None = None,
     episodes: int | None = None,
     algorithm_name: str | None = None,
-    description: str | None = None,
-    author: str | None = None,
-    eval_env: str | EnvSpec | None = None,
     overwrite: bool = False,
 ) -> MinariDataset:
     """Record complete episodes as a Minari dataset that appears only once it is complete.
@@ -64,10 +59,7 @@ def record(
         seed: decides every reset, and nothing else.
         steps: record at least this many environment steps (the last episode is finished), or else
         episodes: exactly this many episodes.
-        algorithm_name: what ``act`` is. Stored, as are the next three, only if given.
-        description: a text for people.
-        author: whose work the dataset is.
-        eval_env: the environment to evaluate in, where that is another one than ``env``.
+        algorithm_name: what ``act`` is; stored only if given.
         overwrite: replace a dataset of the same id, once the new one is complete.
 
     Raises:
@@ -80,25 +72,16 @@ def record(
         raise UserError(f"dataset {dataset_id} exists already; add overwrite=true to replace it")
     check_storable(env)
     seeds = np.random.default_rng(seed)
-    target, unit = (steps, "steps") if steps is not None else (episodes or 0, "episodes")
-    with minari_store.staging() as staged, _progress() as progress:
-        writer = _Writer(
-            dict(
-                dataset_id=dataset_id,
-                env=env,
-                eval_env=eval_env,
-                algorithm_name=algorithm_name,
-                description=description,
-                author=author,
-            )
-        )
-        bar = progress.add_task(f"recording {dataset_id}", total=target, unit=unit)
+    target = steps or episodes or 0
+    with minari_store.staging() as staged, bar(f"recording {dataset_id}", target) as advance:
+        writer = _Writer(dict(dataset_id=dataset_id, env=env, algorithm_name=algorithm_name))
         done = 0
         while done < target:
             episode = _run_episode(env, act, int(seeds.integers(2**31)))
             writer.add(episode)
-            done += len(episode) if steps is not None else 1
-            progress.update(bar, completed=done)
+            amount = len(episode) if steps is not None else 1
+            advance(amount)
+            done += amount
         writer.flush()
         minari_store.publish(staged, dataset_id, overwrite=overwrite)
     return minari.load_dataset(dataset_id)
@@ -204,14 +187,3 @@ def check_storable(env: gym.Env[Any, Any]) -> None:
 
 def _name(env: gym.Env[Any, Any]) -> str:
     return f"environment {env.spec.id if env.spec is not None else type(env.unwrapped).__name__}"
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

@@ -132,9 +132,7 @@ def _probe(backend: str) -> str | None:
 
 
 @single_thread()
-def record_video(
-    policy: Policy, task: Task, path: Path, *, seed: int, max_steps: int | None = None, caption: str | None = None
-) -> Path | None:
+def record_video(policy: Policy, task: Task, path: Path, *, seed: int, caption: str | None = None) -> Path | None:
     """Record one deterministic episode in real time, inside the chunks too.
 
     Args:
@@ -142,7 +140,6 @@ def record_video(
         task: whose environment to draw.
         path: the MP4 to write; its folder is made.
         seed: of the environment, and of the noise a diffusion policy starts from.
-        max_steps: environment steps after which to stop, to within a chunk.
         caption: a line over the picture.
 
     Returns:
@@ -159,7 +156,7 @@ def record_video(
             stride = math.ceil(fps / MAX_FPS)
             camera = env.env = Camera(env.env, stride)  # below the chunks, where the single steps are
             with _writer(path, fps / stride) as write:
-                for _ in _episode(policy, env, seed, max_steps):
+                for _ in _episode(policy, env, seed):
                     for frame in camera.take():
                         write(_captioned(frame, caption) if caption else frame)
     except Exception as error:  # whatever a simulator, a driver or a missing package comes up with
@@ -207,19 +204,19 @@ class Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 @torch.no_grad()
-def _episode(policy: Policy, env: ChunkEnv, seed: int, max_steps: int | None) -> Iterator[None]:
+def _episode(policy: Policy, env: ChunkEnv, seed: int) -> Iterator[None]:
     """Act out one episode, with a pause after the reset and after every chunk."""
     device = next(policy.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     obs, _ = env.reset(seed=seed)  # [To, Do]
     yield
-    steps, ended = 0, False
-    while not ended and (max_steps is None or steps < max_steps):
+    ended = False
+    while not ended:
         batch = torch.from_numpy(obs).unsqueeze(0).to(device)  # [1, To, Do]
         action = policy.sample(batch, deterministic=True, generator=generator).action  # [1, Ta, Da] or [1]
-        obs, _, terminated, truncated, info = env.step(action[0].cpu().numpy())
+        obs, _, terminated, truncated, _ = env.step(action[0].cpu().numpy())
         yield
-        steps, ended = steps + info["steps"], terminated or truncated
+        ended = terminated or truncated
 
 
 def _renders_with_mujoco(env: gymnasium.Env) -> bool:
