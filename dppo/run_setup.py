@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +53,31 @@ def open_run(config: Mapping[str, Any], default_name: str, source: Path | None =
         path = free_path(path)
     if source is not None and overwrite and source.resolve().is_relative_to(path.resolve()):
         raise UserError(f"overwriting {path} would delete the checkpoint {source}; choose another run=...")
+    check_logger(config)  # before anything is written
     directory = RunDirectory.create(path, overwrite=overwrite, config=config)
     print(f"writing to {directory.path}", flush=True)
     return directory
 
 
-def build_sinks(config: Mapping[str, Any], run: RunDirectory, x_axis: str) -> list[Sink]:
-    """Where rows of metrics go besides ``metrics.jsonl``.
+def check_logger(config: Mapping[str, Any]) -> None:
+    """Refuse a logger that is unknown or not installed.
 
     Raises:
-        UserError: an unknown logger, or one that is not installed.
+        UserError: naming it.
     """
+    kind = config.get("logger", {"type": "none"}).get("type")
+    if kind not in ("tensorboard", "wandb", "none"):
+        raise UserError(f"unknown logger.type {kind!r}; there are: tensorboard, wandb, none")
+    if kind == "wandb" and find_spec("wandb") is None:
+        raise UserError("Weights & Biases is not installed: pip install wandb, or choose logger=tensorboard")
+
+
+def build_sinks(config: Mapping[str, Any], run: RunDirectory, x_axis: str) -> list[Sink]:
+    """Where rows of metrics go besides ``metrics.jsonl``."""
     logger = dict(config["logger"])
-    kind = logger.pop("type", None)
-    if kind == "none":
-        return []
+    kind = logger.pop("type")
     if kind == "tensorboard":
         return [TensorBoardSink(run, x_axis=x_axis)]
     if kind == "wandb":
         return [WandbSink(run, config=config, x_axis=x_axis, **logger)]
-    raise UserError(f"unknown logger.type {kind!r}; there are: tensorboard, wandb, none")
+    return []

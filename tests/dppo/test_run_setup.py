@@ -83,8 +83,18 @@ def test_loggers_by_name(tmp_path):
     (sink,) = build_sinks({"logger": {"type": "tensorboard"}}, run, "env_steps")
     assert isinstance(sink, TensorBoardSink)
     sink.close()
-    with pytest.raises(UserError, match=r"unknown logger.type 'csv'; there are: tensorboard, wandb, none"):
-        build_sinks({"logger": {"type": "csv"}}, run, "env_steps")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("csv", "unknown logger.type 'csv'; there are: tensorboard, wandb, none"), ("wandb", "pip install")],
+)
+def test_a_logger_that_cannot_work_leaves_no_run_directory(tmp_path, monkeypatch, kind, says):
+    monkeypatch.setattr(run_setup, "find_spec", lambda name: None)
+    config = {"logger": {"type": kind}, "run": tmp_path / "run", "overwrite": False}
+    with pytest.raises(UserError, match=says):
+        open_run(config, "unused")
+    assert not (tmp_path / "run").exists()
 
 
 def test_wandb_is_given_its_settings_and_the_configuration(tmp_path, monkeypatch):
