@@ -154,6 +154,7 @@ def record_video(policy: Policy, task: Task, path: Path, *, seed: int, caption: 
                 raise UserError(problem)
             fps = env.metadata.get("render_fps", MAX_FPS)
             stride = math.ceil(fps / MAX_FPS)
+            _follow(env)
             camera = env.env = Camera(env.env, stride)  # below the chunks, where the single steps are
             with _writer(path, fps / stride) as write:
                 for _ in _episode(policy, env, seed):
@@ -201,6 +202,18 @@ class Camera(gymnasium.Wrapper[Any, Any, Any, Any]):
             name = self.env.spec.id if self.env.spec is not None else str(self.env.unwrapped)
             raise UserError(f"{name} does not render pictures")
         self._frames.append(frame)
+
+
+def _follow(env: gymnasium.Env) -> None:
+    """Look through the model's own camera that goes with the robot, if it has one and no other was asked for.
+
+    Gymnasium 1.4 takes a free camera instead, which stays where it is while the robot walks out of the picture.
+    """
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None and renderer.camera_id == -1:
+        import mujoco
+
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
 
 
 @torch.no_grad()

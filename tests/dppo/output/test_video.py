@@ -285,3 +285,15 @@ def test_mujoco_is_drawn_off_screen_and_the_process_ends_in_silence(tmp_path):
     frames = imageio.imread(path)
     assert len(frames) >= 3
     assert frames[0].std() > 10
+
+
+@pytest.mark.parametrize(("cameras", "chosen", "expected"), [(1, -1, 0), (0, -1, -1), (1, 5, 5)])
+def test_the_camera_that_goes_with_the_robot_is_taken_unless_another_was_asked_for(cameras, chosen, expected):
+    import mujoco
+
+    camera = '<camera name="track" mode="trackcom"/>' * cameras
+    body = f'<body>{camera}<geom type="sphere" size="1"/></body>'
+    model = mujoco.MjModel.from_xml_string(f"<mujoco><worldbody>{body}</worldbody></mujoco>")
+    renderer = SimpleNamespace(model=model, camera_id=chosen)
+    video._follow(SimpleNamespace(unwrapped=SimpleNamespace(mujoco_renderer=renderer)))
+    assert renderer.camera_id == expected
