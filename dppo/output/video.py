@@ -213,7 +213,8 @@ def _follow(env: gymnasium.Env) -> None:
     if renderer is not None and renderer.camera_id == -1:
         import mujoco
 
-        renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        module: Any = mujoco  # whose stubs leave these names out
+        renderer.camera_id = module.mj_name2id(renderer.model, module.mjtObj.mjOBJ_CAMERA, "track")
 
 
 @torch.no_grad()
