@@ -62,7 +62,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 		if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 			'from urllib.request import urlopen; urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; \
 		then index="--extra-index-url $(TORCH_CPU_INDEX)"; fi; \
-		echo "setup: installing $(TORCH) $$index"; \
+		echo "setup: installing $(TORCH)$${index:+ $$index} (2 GB in all, a minute or two)"; \
 		$(PIP) install -c .venv/constraints.txt $$index $(TORCH); \
 	fi
 	@echo "setup: installing dppo and what it needs"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
@@ -60,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     command, overrides = arguments[0], arguments[1:]
+    with suppress(ValueError):  # not the main thread: then signals are somebody else's business
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was learned is saved
     try:
         return _run(command, overrides)
     except UserError as error:
@@ -141,7 +145,7 @@ def _command_help(command: str) -> str:
     groups = groups_of(command)
     if groups:
         lines += ["choices (every one is a YAML file):"]
-        lines += [f"  {group}={'|'.join(options(group))}" for group in groups]
+        lines += [f"  {group}={'|'.join(options(group))}" for group in groups if group != "tuning"]
         lines += [""]
     text = (config_directory() / f"{command}.yaml").read_text()
     settings = (text.split("\n\n", 1)[-1] if groups else text).splitlines()

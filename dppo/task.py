@@ -72,7 +72,8 @@ def _import_environments(module: str, where: str) -> None:
             importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or module).split(".")[0]
-        package = missing.replace("_", "-")
-        raise UserError(f"{where} needs the Python module {missing!r}; install it: pip install {package}") from error
+        raise UserError(
+            f"{where} needs the Python module {missing!r}; install its package, or put its folder on PYTHONPATH"
+        ) from error
     except ImportError as error:
         raise UserError(f"{where}: importing {module!r} failed: {error}") from error

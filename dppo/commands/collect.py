@@ -158,7 +158,7 @@ def _train_expert(
         trainer.close()
     if reached < target_return:
         raise UserError(
-            f"the expert reached a return of {reached:.0f} in {trainer.env_steps:,} environment steps, not "
+            f"the expert (saved in {path}) reached a return of {reached:.0f} in {trainer.env_steps:,} steps, not "
             f"demonstrator.expert.target_return={target_return}; lower it, or raise demonstrator.expert.env_steps"
         )
     return policy.eval(), trainer.env_steps

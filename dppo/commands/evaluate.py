@@ -32,7 +32,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     began = time.perf_counter()
     summary, episodes = evaluate_with_progress(policy, task, evaluation)
     seconds = time.perf_counter() - began
-    paths = {"results": directory.summary_path}
+    paths = {"checkpoint": source, "results": directory.summary_path}
     if config["video"]:
         video = record_video(policy, task, directory.videos / "evaluation.mp4", seed=evaluation.seed)
         paths |= {} if video is None else {"video": video}
@@ -45,5 +45,5 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     }
     write_json(directory.summary_path, content)
     env_steps = sum(episode.length for episode in episodes)
-    final_table({str(config["checkpoint"]): summary}, env_steps=env_steps, seconds=seconds, paths=paths)
+    final_table({task.name: summary}, env_steps=env_steps, seconds=seconds, paths=paths)
     return content

@@ -14,7 +14,7 @@ from dppo.checkpoint import save_checkpoint, source_of
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
 from dppo.output.metrics import MetricsLogger, read_metrics
 from dppo.output.plots import learning_curve
-from dppo.output.report import Progress, final_table
+from dppo.output.report import Progress, bar, final_table
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
 from dppo.run_setup import build_sinks, open_run, prepare_device
@@ -43,11 +43,14 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     try:
         name = f"finetune-{task.name}-{policy.type}-{config['algo']['type']}-seed{config['seed']}"
         directory = open_run(config, name, source_of(config["checkpoint"]))
+        print(_plan(config, trainer, device), flush=True)
         with MetricsLogger(directory, build_sinks(config, directory, "env_steps")) as logger:
             before, _ = evaluate_with_progress(policy, task, evaluation, "before")
-            write_json(directory.summary_path, _summary(config, trainer, before, None))
             videos = _videos(config, directory, policy, task, "before")
-            checkpoint = _train(trainer, directory, logger, evaluation, interval, int(config["checkpoint_interval"]))
+            try:
+                checkpoint = _train(trainer, directory, logger, evaluation, interval, config["checkpoint_interval"])
+            finally:
+                write_json(directory.summary_path, _summary(config, trainer, before, None))
             after, _ = evaluate_with_progress(policy, task, evaluation, "after")
         videos |= _videos(config, directory, policy, task, "after")
     finally:
@@ -68,6 +71,18 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
         paths={"learning curve": curve, **videos, "checkpoint": checkpoint},
     )
     return summary
+
+
+def _plan(config: Mapping[str, Any], trainer: Trainer, device: torch.device) -> str:
+    """What is about to be done, in a line."""
+    size, policy = trainer.config, trainer.policy
+    per_iteration = size.num_envs * size.rollout_steps * policy.config.executed_chunk
+    steps = f"the last {policy.num_steps} steps of a " if policy.num_steps > 1 else "a "
+    return (
+        f"fine-tuning {steps}{policy.type} policy ({config['checkpoint']}) on {trainer.task.name}: {size.env_steps:,} "
+        f"environment steps in iterations of {per_iteration:,}, {size.num_envs} environments, {device}, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 def _summary(
@@ -120,9 +135,12 @@ def _train(
                 progress.update(row)
                 if checkpoint_interval and trainer.iteration % checkpoint_interval == 0:
                     save()
-    finally:
+    except BaseException:
         if trainer.iteration:
             save()
+            print(f"stopped; what was learned until then is in {saved[trainer.iteration]}", flush=True)
+        raise
+    save()
     return saved[trainer.iteration]
 
 
@@ -132,5 +150,6 @@ def _videos(
     if not config["video"]:
         return {}
     seed = int(config["evaluation"]["seed"])
-    path = record_video(policy, task, directory.videos / f"{name}.mp4", seed=seed, caption=f"{task.name}, {name}")
+    with bar(f"recording a video ({name})", 1):
+        path = record_video(policy, task, directory.videos / f"{name}.mp4", seed=seed, caption=f"{task.name}, {name}")
     return {} if path is None else {f"video {name}": path}

@@ -109,7 +109,7 @@ def _prepare(config: Mapping[str, Any], task: Task) -> tuple[Policy, WindowDatas
     if not name:
         raise UserError(f"task {task.name} names no dataset to clone; set dataset=...")
     same = "" if name == task.dataset else f" dataset={name}"
-    episodes = load_episodes(name, hint=f"build it with `dppo collect task={task.name}{same}`")
+    episodes = load_episodes(name, hint=f"build it with `dppo collect task={task.name}{same}`, and your --config-dir")
     spaces = space_dims(task)
     check_dimensions(episodes, spaces.obs_dim, spaces.action_dim, spaces.discrete, dataset=f"dataset {name}")
     policy = build_policy(config, spaces, **whole_chain(config))

@@ -102,7 +102,7 @@ class Progress:
             headers = {key: header for key, (header, _) in shown.items()}
             self._print(self._aligned(headers, "done", "left"), style="bold")
         cells = {key: _cell(row.get(key), form) for key, (_, form) in shown.items()}
-        self._print(self._aligned(cells, percent(done / self._total), duration(left)))
+        self._print(self._aligned(cells, percent(min(done / self._total, 1.0)), duration(left)))
         self._bar.update(self._task, completed=done)
         self._lines += 1
 

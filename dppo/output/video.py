@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dppo.envs.chunk import ChunkEnv
-from dppo.envs.vector import make_env
+from dppo.envs.vector import make_env, make_plain_env
 from dppo.task import Task
 from dppo.threads import single_thread
 from policies.base import Policy
@@ -148,6 +148,9 @@ def record_video(policy: Policy, task: Task, path: Path, *, seed: int, caption: 
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws the simpler environments, and needs no screen
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(make_plain_env(task)) as plain:
+            if "rgb_array" not in (plain.metadata.get("render_modes") or ()):
+                raise UserError(f"{task.env_id} does not render pictures")
         env = make_env(task, history=policy.config.history, chunk=policy.config.executed_chunk, render_mode="rgb_array")
         with closing(env):
             if _renders_with_mujoco(env) and (problem := gl_problem()):

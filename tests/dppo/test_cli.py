@@ -1,11 +1,14 @@
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
 import yaml
 
 from dppo import cli
+from dppo.checkpoint import find_policy
 from dppo.cli import COMMANDS, main
 from dppo.configuration import groups_of, options
 
@@ -31,7 +34,7 @@ def test_the_help_of_a_command_lists_its_choices_settings_and_examples(capsys, c
     assert main([command, option]) == 0
     text = capsys.readouterr().out
     assert f"usage: dppo {command} [key=value ...]" in text
-    for group in groups_of(command):
+    for group in set(groups_of(command)) - {"tuning"}:  # chosen by the task, not by the user
         assert f"  {group}={'|'.join(options(group))}" in text
     assert "overwrite: false" in text
     assert "override /" not in text, "the list of defaults is Hydra's business"
@@ -120,3 +123,19 @@ def test_the_program_itself_exits_with_the_status_and_without_a_traceback():
     assert result.stderr.startswith("error: unknown task 'hoper'")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_a_terminated_finetuning_keeps_what_it_learned(tmp_path):
+    """As a batch system ends jobs: with SIGTERM."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "dppo.cli", "finetune", "task=cartpole", f"run={run}", "video=false"]
+    process = subprocess.Popen([*command, "evaluation.episodes=1", "logger=none"], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "what was learned until then is in" in output
+    assert find_policy(str(run)).is_dir()
