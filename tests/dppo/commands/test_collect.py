@@ -22,7 +22,7 @@ def test_an_expert_is_trained_until_it_is_good_enough_and_no_longer(command, tmp
 def test_an_expert_that_does_not_get_there_is_an_error_and_records_nothing(refused, tiny, tmp_path):
     budget = ["demonstrator.expert.target_return=10_000", "demonstrator.expert.env_steps=480"]
     message = refused("collect", *tiny["collect"], *CARTPOLE, f"run={tmp_path / 'run'}", *budget)
-    assert "in 480 environment steps, not demonstrator.expert.target_return=10000" in message
+    assert "in 480 steps, not demonstrator.expert.target_return=10000" in message
     assert "lower it, or raise demonstrator.expert.env_steps" in message
     assert minari.list_local_datasets() == {}
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1, "what was trained is kept"
