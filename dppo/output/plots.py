@@ -58,14 +58,14 @@ def learning_curve(
     has_success = any(row.get("success_rate") is not None for row in rows)
     has_success |= any(summary.success_rate is not None for _, summary, _, _ in evaluations)
     with _panels(path, title, count=2 if has_success else 1) as panels:
-        _line(panels[0], rows, "env_steps", "return_mean", "training episodes", BLUE)
+        _line(panels[0], rows, "env_steps", "return_mean", "training (exploring)", BLUE)
         _line(panels[0], rows, "env_steps", "eval_return_mean", "evaluation", GREY)
         for x, summary, label, style in evaluations:
             _point(panels[0], x, summary.return_mean, summary.return_ci95, label, style)
         panels[0].set_ylabel("return (mean over episodes)")
         _format_counts(panels[0].yaxis.set_major_formatter, panels[0].get_ylim())
         if has_success:
-            _line(panels[1], rows, "env_steps", "success_rate", "training episodes", BLUE)
+            _line(panels[1], rows, "env_steps", "success_rate", "training (exploring)", BLUE)
             _line(panels[1], rows, "env_steps", "eval_success_rate", "evaluation", GREY)
             for x, summary, label, style in evaluations:
                 if summary.success_rate is not None:

@@ -36,7 +36,7 @@ def test_a_learning_curve_is_a_png_in_a_folder_that_it_makes(tmp_path):
 
 def test_iterations_in_which_no_episode_ended_are_left_out(figures, tmp_path):
     learning_curve(training_rows(return_mean=[None, 2.0, None, 3.0]), tmp_path / "curve.png", title="Hopper")
-    assert points(figures[0].axes[0], "training episodes") == [[2000, 2.0], [4000, 3.0]]
+    assert points(figures[0].axes[0], "training (exploring)") == [[2000, 2.0], [4000, 3.0]]
 
 
 def test_evaluations_stand_at_the_start_and_the_end_with_their_intervals(figures, tmp_path):
@@ -47,14 +47,14 @@ def test_evaluations_stand_at_the_start_and_the_end_with_their_intervals(figures
     bars = [container for container in panel.containers if container.get_label() == "after (95 % CI)"]
     segment = bars[0].lines[2][0].get_segments()[0]
     assert segment.tolist() == [[2000, after.return_ci95[0]], [2000, after.return_ci95[1]]]
-    assert legend(figures[0]) == ["training episodes", "before (95 % CI)", "after (95 % CI)"]
+    assert legend(figures[0]) == ["training (exploring)", "before (95 % CI)", "after (95 % CI)"]
 
 
 def test_success_has_a_panel_of_its_own_only_where_there_is_any(figures, tmp_path):
     learning_curve(training_rows(return_mean=[1.0], success_rate=[None]), tmp_path / "curve.png", title="Hopper")
     learning_curve(training_rows(return_mean=[1.0], success_rate=[0.5]), tmp_path / "curve.png", title="Maze")
     assert [len(figure.axes) for figure in figures] == [1, 2]
-    assert points(figures[1].axes[1], "training episodes") == [[1000, 0.5]]
+    assert points(figures[1].axes[1], "training (exploring)") == [[1000, 0.5]]
 
 
 def test_evaluations_during_training_are_a_line_of_their_own(figures, tmp_path):
