@@ -140,15 +140,17 @@ def _command_help(command: str) -> str:
     from dppo.configuration import config_directory, groups_of, options
 
     about, _ = COMMANDS[command]
-    lines = [f"dppo {command}: {about}", "", f"usage: dppo {command} [key=value ...] [--show] [--config-dir DIR]", ""]
-    lines += ["examples:", *(f"  {line}" for line in _examples(command)), ""]
     groups = groups_of(command)
+    options_text = "[--show] [--config-dir DIR]" if groups else "[--show]"
+    lines = [f"dppo {command}: {about}", "", f"usage: dppo {command} [key=value ...] {options_text}", ""]
+    lines += ["examples:", *(f"  {line}" for line in _examples(command)), ""]
     if groups:
         lines += ["choices (every one is a YAML file):"]
         lines += [f"  {group}={'|'.join(options(group))}" for group in groups if group != "tuning"]
         lines += [""]
     text = (config_directory() / f"{command}.yaml").read_text()
-    settings = (text.split("\n\n", 1)[-1] if groups else text).splitlines()
+    text = (text.split("\n\n", 1)[-1] if groups else text).replace("???", "(required)")
+    settings = [line for line in text.splitlines() if not line.startswith("#")]
     lines += ["settings and their defaults:", *(f"  {line}" for line in settings), ""]
     lines += ["--show prints the whole configuration, with the choices' own settings, and stops."]
     if groups:
