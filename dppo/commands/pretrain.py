@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     device = prepare_device(config)
     task = build_task(config)
     evaluation, interval = evaluation_settings(config)
-    names = (
-        "updates",
-        "batch_size",
-        "learning_rate",
-        "final_learning_rate_share",
-        "warmup",
-        "weight_decay",
-        "ema_decay",
-    )
+    names = [field.name for field in dataclasses.fields(CloningConfig)]
     settings = config_from_dict(CloningConfig, {name: config[name] for name in names}, "pretrain")
     log_interval = config["log_interval"]
     if log_interval < 1:
