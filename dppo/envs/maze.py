@@ -16,6 +16,7 @@ _SIDES = ((-1, 0), (1, 0), (0, -1), (0, 1))
 _ARRIVAL = 0.3  # metres: a waypoint this near is passed, and the corner cut a little
 _POSITION_GAIN = 8.0  # 1/s: metres per second asked for per metre of distance
 _VELOCITY_GAIN = 1.0  # s/m: force per metre per second of wrong velocity; the largest force is 1
+_SPEED = 5.0  # metres per second: the most that the environment allows
 _NOISE_MEMORY = 0.9  # share of the noise that is left at the next step: white noise hardly moves a mass
 
 
@@ -24,7 +25,7 @@ class WaypointController:
 
     The path is planned by breadth-first search at every reset; of equally short paths either may be taken. From one
     cell centre to the next, and last to the goal itself, a proportional law turns distance into a wanted velocity, no
-    faster than `speed`, and the error of the velocity into a force.
+    faster than the environment allows, and the error of the velocity into a force.
 
     The noise is a stationary Gaussian process, so that demonstrations wander off their path and come back to it.
 
@@ -32,21 +33,19 @@ class WaypointController:
         UserError: on construction, if the environment is not a maze with a point in it.
     """
 
-    def __init__(self, env: gymnasium.Env, noise: float = 0.5, seed: int = 0, *, speed: float = 5.0) -> None:
+    def __init__(self, env: gymnasium.Env, noise: float = 0.5, seed: int = 0) -> None:
         """Control `env`.
 
         Args:
             env: a PointMaze, in any wrappers.
             noise: standard deviation of the action noise, in units of the largest force.
             seed: of the noise and of the choice between equally short paths.
-            speed: metres per second; the environment itself allows 5.
         """
         maze = getattr(env.unwrapped, "maze", None)
         if maze is None or not hasattr(env.unwrapped, "point_env"):
             raise UserError(f"the waypoint controller only knows PointMaze environments, not {env.unwrapped}")
         self._maze = maze
         self._noise_std = noise
-        self._speed = speed
         self._rng = np.random.default_rng(seed)
         self._waypoints: deque[np.ndarray] = deque()
         self._noise = np.zeros(2)
@@ -73,7 +72,7 @@ class WaypointController:
         if len(self._waypoints) > 1 and np.linalg.norm(self._waypoints[0] - position) < _ARRIVAL:
             self._waypoints.popleft()
         wanted = _POSITION_GAIN * (self._waypoints[0] - position)
-        wanted *= min(1.0, self._speed / max(float(np.linalg.norm(wanted)), 1e-9))
+        wanted *= min(1.0, _SPEED / max(float(np.linalg.norm(wanted)), 1e-9))
         force = _VELOCITY_GAIN * (wanted - velocity)
         fresh = self._rng.normal(0.0, self._noise_std, 2)
         self._noise = _NOISE_MEMORY * self._noise + np.sqrt(1.0 - _NOISE_MEMORY**2) * fresh

@@ -36,9 +36,6 @@ class Spaces:
 def make_env(task: Task, *, history: int, chunk: int, render_mode: str | None = None) -> ChunkEnv:
     """One environment of the task.
 
-    With `render_mode="rgb_array_list"`, `render()` returns a frame for every environment step since the last call, so
-    that none inside a chunk is lost.
-
     Raises:
         UserError: the environment does not exist, cannot be built, or has a space that is not supported.
     """

@@ -65,11 +65,6 @@ def test_noise_makes_demonstrations_differ_and_slower(umaze):
     assert np.mean(lengths[1]) > 1.1 * np.mean(lengths[0])
 
 
-def test_a_lower_speed_takes_longer(umaze):
-    fast, slow = (WaypointController(umaze, noise=0.0, speed=speed) for speed in (5.0, 2.0))
-    assert len(episode(umaze, slow, 3)[0]) > 1.5 * len(episode(umaze, fast, 3)[0])
-
-
 def test_actions_are_float32_and_within_the_bounds(umaze):
     actions, _ = episode(umaze, WaypointController(umaze, noise=3.0), 0)
     assert actions.dtype == np.float32

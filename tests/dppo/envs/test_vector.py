@@ -70,16 +70,6 @@ def test_an_environment_can_be_built_in_another_process():
     assert build().action_space.shape == (2, 1)
 
 
-def test_rendering_as_a_list_gives_every_frame_inside_a_chunk():
-    pytest.importorskip("pygame")
-    env = make_env(Task("cart", "Pendulum-v1"), history=1, chunk=3, render_mode="rgb_array_list")
-    env.reset(seed=0)
-    assert len(env.render() or []) == 1
-    env.step(np.zeros((3, 1), np.float32))
-    assert len(env.render() or []) == 3
-    env.close()
-
-
 def test_a_misspelt_environment_is_named_with_near_misses():
     with pytest.raises(UserError, match=r"task hop: .*'Hoper-v5'; did you mean .*Hopper-v5"):
         make_env(Task("hop", "Hoper-v5"), history=1, chunk=1)
