@@ -3,19 +3,31 @@
 To history, Ta executed chunk, Da action dimension, Do observation dimension.
 """
 
+import logging
+import os
+import time
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 
+import cloudpickle
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.native.registry import rules_of
+from dppo.envs.workers.vector_env import WorkerVectorEnv
 from dppo.task import Task
 from policies.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LEAST_WORK_S = 0.5e-3
+"""Seconds of work per step that make a worker process worth having: several times what an exchange with it takes."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +89,17 @@ def make_vector_env(
 ) -> VectorEnv:
     """`num_envs` environments of the task, stepped together: observations [N, To, Do], actions [N, Ta, Da] or [N].
 
-    MuJoCo environments of Gymnasium are stepped natively, with `threads` threads (None: one per processor), to the same
-    results; everything else is as `sync_vector_env` makes it.
+    MuJoCo environments of Gymnasium are stepped natively, with `threads` threads (None: one per processor). Any others
+    run in up to so many worker processes if there is enough work for them, else one after the other. Neither changes
+    the results: they are those of `sync_vector_env`, bit for bit.
 
-    The observations it returns are a buffer that the next step overwrites: step it through a `Stepper`, which copies.
+    The observations it returns may be a buffer that the next step overwrites: a `Stepper` copies them.
 
     Raises:
         UserError: as `make_env`, or `num_envs` is not positive.
     """
     _check_num_envs(task, num_envs)
+    threads = threads or _processors()
     if autoreset_mode is AutoresetMode.SAME_STEP:
         env = make_env(task, history=history, chunk=chunk)
         rules = rules_of(env.env)
@@ -94,7 +108,13 @@ def make_vector_env(
             from dppo.envs.native.vector_env import NativeVectorEnv
 
             return NativeVectorEnv(env, rules, num_envs, threads=threads)
-        env.close()
+        with closing(env):
+            workers = _worthwhile_workers(env, num_envs, threads)
+        if workers > 1:
+            try:
+                return worker_vector_env(task, num_envs, history=history, chunk=chunk, workers=workers)
+            except Exception as error:  # what keeps an environment from other processes need not keep it from this one
+                log.warning("task %s: the environments share one process, as others fail: %s", task.name, error)
     return sync_vector_env(task, num_envs, history=history, chunk=chunk, autoreset_mode=autoreset_mode)
 
 
@@ -109,6 +129,50 @@ def sync_vector_env(
     _check_num_envs(task, num_envs)
     env_fns = [partial(make_env, task, history=history, chunk=chunk)] * num_envs
     return SyncVectorEnv(env_fns, copy=False, autoreset_mode=autoreset_mode)
+
+
+def worker_vector_env(task: Task, num_envs: int, *, history: int, chunk: int, workers: int) -> WorkerVectorEnv:
+    """As `sync_vector_env` in SAME_STEP mode, with the environments in `workers` processes.
+
+    Raises:
+        UserError: as `make_vector_env`, or a process died.
+        Exception: the environment cannot be made in another process.
+    """
+    _check_num_envs(task, num_envs)
+    constructor = cloudpickle.dumps(partial(_make_elsewhere, task.env_spec(), task, history=history, chunk=chunk))
+    with closing(make_env(task, history=history, chunk=chunk)) as env:
+        return WorkerVectorEnv(env, constructor, num_envs, workers=workers)
+
+
+def _worthwhile_workers(env: ChunkEnv, num_envs: int, processors: int) -> int:
+    """How many processes `num_envs` environments like `env` can keep busy; steps `env` to find out."""
+    most = min(num_envs, processors)
+    if most == 1:
+        return 1
+    seconds: list[float] = []
+    with suppress(Exception):  # an environment that fails is to do so where it is used
+        env.reset(seed=0)
+        env.action_space.seed(0)
+        while len(seconds) < 10 and sum(seconds) < 0.1:
+            began = time.perf_counter()
+            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            seconds.append(time.perf_counter() - began)
+            if terminated or truncated:
+                env.reset()
+    return min(most, int(num_envs * min(seconds, default=0.0) / LEAST_WORK_S))
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _make_elsewhere(spec: EnvSpec, task: Task, *, history: int, chunk: int) -> ChunkEnv:
+    """`make_env` in another process than the one in which `spec` was registered."""
+    with suppress(UserError):
+        task.env_spec()  # imports the module that is named in env_id, if there is one, which registers all it has
+    gymnasium.registry[spec.id] = spec
+    return make_env(task, history=history, chunk=chunk)
 
 
 def _check_num_envs(task: Task, num_envs: int) -> None:
