@@ -5,7 +5,6 @@ To history, Ta executed chunk, Da action dimension, Do observation dimension.
 
 import logging
 import os
-import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +19,12 @@ from gymnasium.wrappers import FlattenObservation
 
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.native.registry import rules_of
+from dppo.envs.workers.choice import worthwhile_workers
 from dppo.envs.workers.vector_env import WorkerVectorEnv
 from dppo.task import Task
 from policies.errors import UserError
 
 log = logging.getLogger(__name__)
-
-LEAST_WORK_S = 0.5e-3
-"""Seconds of work per step that make a worker process worth having: several times what an exchange with it takes."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +106,12 @@ def make_vector_env(
 
             return NativeVectorEnv(env, rules, num_envs, threads=threads)
         with closing(env):
-            workers = _worthwhile_workers(env, num_envs, threads)
+            workers = worthwhile_workers(env, num_envs, threads)
         if workers > 1:
             try:
-                return worker_vector_env(task, num_envs, history=history, chunk=chunk, workers=workers)
+                return WorkerVectorEnv(env, _constructor(task, history, chunk), num_envs, workers=workers)
             except Exception as error:  # what keeps an environment from other processes need not keep it from this one
-                log.warning("task %s: the environments share one process, as others fail: %s", task.name, error)
+                log.warning("task %s: the environments are stepped without worker processes: %s", task.name, error)
     return sync_vector_env(task, num_envs, history=history, chunk=chunk, autoreset_mode=autoreset_mode)
 
 
@@ -139,27 +136,13 @@ def worker_vector_env(task: Task, num_envs: int, *, history: int, chunk: int, wo
         Exception: the environment cannot be made in another process.
     """
     _check_num_envs(task, num_envs)
-    constructor = cloudpickle.dumps(partial(_make_elsewhere, task.env_spec(), task, history=history, chunk=chunk))
     with closing(make_env(task, history=history, chunk=chunk)) as env:
-        return WorkerVectorEnv(env, constructor, num_envs, workers=workers)
+        return WorkerVectorEnv(env, _constructor(task, history, chunk), num_envs, workers=workers)
 
 
-def _worthwhile_workers(env: ChunkEnv, num_envs: int, processors: int) -> int:
-    """How many processes `num_envs` environments like `env` can keep busy; steps `env` to find out."""
-    most = min(num_envs, processors)
-    if most == 1:
-        return 1
-    seconds: list[float] = []
-    with suppress(Exception):  # an environment that fails is to do so where it is used
-        env.reset(seed=0)
-        env.action_space.seed(0)
-        while len(seconds) < 10 and sum(seconds) < 0.1:
-            began = time.perf_counter()
-            _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-            seconds.append(time.perf_counter() - began)
-            if terminated or truncated:
-                env.reset()
-    return min(most, int(num_envs * min(seconds, default=0.0) / LEAST_WORK_S))
+def _constructor(task: Task, history: int, chunk: int) -> bytes:
+    """What a worker makes its environments with."""
+    return cloudpickle.dumps(partial(_make_elsewhere, task.env_spec(), task, history=history, chunk=chunk))
 
 
 def _processors() -> int:
@@ -171,7 +154,7 @@ def _make_elsewhere(spec: EnvSpec, task: Task, *, history: int, chunk: int) -> C
     """`make_env` in another process than the one in which `spec` was registered."""
     with suppress(UserError):
         task.env_spec()  # imports the module that is named in env_id, if there is one, which registers all it has
-    gymnasium.registry[spec.id] = spec
+    gymnasium.registry[task.env_id.rpartition(":")[2]] = spec
     return make_env(task, history=history, chunk=chunk)
 
 

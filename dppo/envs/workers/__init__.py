@@ -4,4 +4,5 @@
 - `process.py`: one worker process, as seen from there: started, asked, ended
 - `worker.py`: what runs in it
 - `records.py`: the memory that both sides share
+- `choice.py`: how many workers pay
 """

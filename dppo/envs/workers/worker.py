@@ -5,6 +5,7 @@ Nothing here may import torch, which takes seconds and hundreds of megabytes.
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ class Block:
         records = map_records(memory, assignment.record_type, assignment.num_envs)[rows.start : rows.stop]
         self._fields = {name: records[name] for name in assignment.record_type.names or ()}
         self._rows = rows
-        self._envs = [make() for _ in rows]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the process that trains has made one, too, and warned once
+            self._envs = [make() for _ in rows]
 
     def carry_out(self, order: Reset | None) -> Failure | None:
         """Reset the environments that `order` names, or have each execute its chunk."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -139,7 +140,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_results_are_those_of_gymnasium_to_the_last_bit(worker_env, case):
+def test_the_results_are_those_of_gymnasium_to_the_last_bit_and_nothing_is_printed(worker_env, case, capfd):
     task, sizes = CASES[case]
     reference = sync_vector_env(task, 5, **sizes)
     reference.action_space.seed(0)
@@ -167,6 +168,7 @@ def test_the_results_are_those_of_gymnasium_to_the_last_bit(worker_env, case):
         ended += np.sum(expected[-1].get("_final_obs", 0))
     assert ended or task.env_id == "Pendulum-v1", "the comparison must have met ends of episodes"
     reference.close()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_consecutive_environments_share_a_process_and_none_is_in_this_one(faulty):
@@ -203,7 +205,9 @@ def test_a_module_is_found_in_workers_where_it_is_found_here(worker_env, tmp_pat
     (tmp_path / f"{name}.py").write_text(
         "import gymnasium\n"
         "from gymnasium.envs.classic_control import PendulumEnv\n"
-        "gymnasium.register('Module-v0', PendulumEnv)\n"
+        "class ModuleEnv(PendulumEnv):\n"
+        "    pass\n"
+        "gymnasium.register('Module-v0', ModuleEnv)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("" if relative else tmp_path)
@@ -211,6 +215,22 @@ def test_a_module_is_found_in_workers_where_it_is_found_here(worker_env, tmp_pat
         assert worker_env(Task("module", f"{name}:Module-v0")).reset(seed=0)[0].shape == (2, 1, 3)
     finally:
         gymnasium.registry.pop("Module-v0", None)
+
+
+def test_an_id_means_in_workers_what_it_means_here(worker_env, monkeypatch):
+    monkeypatch.setitem(gymnasium.registry, "Pendulum-v1", gymnasium.spec("Faulty-v0"))
+    assert worker_env(Task("pendulum", "Pendulum-v1")).reset(seed=6)[0][:, 0, 2].tolist() == [6, 7]
+
+
+def test_a_warning_of_the_constructor_is_given_in_this_process_alone(worker_env, monkeypatch, capfd):
+    def build() -> FaultyEnv:
+        warnings.warn("out of date", stacklevel=1)
+        return FaultyEnv()
+
+    monkeypatch.setitem(gymnasium.registry, "Old-v0", EnvSpec("Old-v0", build))
+    with pytest.warns(UserWarning, match="out of date"):
+        worker_env(Task("old", "Old-v0")).reset()
+    assert capfd.readouterr().err == ""
 
 
 # --- what goes wrong
@@ -325,12 +345,13 @@ class OwnEnv(gymnasium.Env):
 
 gymnasium.register("Own-v0", OwnEnv)
 env = worker_vector_env(Task("own", "Own-v0"), 2, history=1, chunk=1, workers=2)
-print(*env.reset()[0].ravel(), flush=True)
-if sys.argv[1] == "step":
-    try:
+try:
+    print(*env.reset()[0].ravel(), flush=True)
+    if sys.argv[1] == "step":
         env.step(np.array([[[0.5]], [[0.5]]]))
-    except KeyboardInterrupt:
-        print("interrupted")
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
 """
 
 
