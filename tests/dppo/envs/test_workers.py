@@ -119,7 +119,7 @@ def gone(pid: float) -> bool:
     """Whether a process has ended, or is about to."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, ProcessLookupError):
             if (Path("/proc") / str(int(pid)) / "stat").read_text().split()[2] != "Z":
                 time.sleep(0.01)
                 continue
@@ -340,7 +340,7 @@ class OwnEnv(gymnasium.Env):
     def reset(self, seed=None, options=None):
         return np.full(1, os.getpid()), {}
     def step(self, action):
-        time.sleep(action[0])
+        time.sleep(float(action[0]))
         return np.full(1, os.getpid()), 0.0, False, False, {}
 
 gymnasium.register("Own-v0", OwnEnv)
