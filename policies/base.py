@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
+import policies
 from policies.config import config_from_dict
 from policies.errors import UserError
 from policies.normalization import Affine, RunningStandardizer
@@ -202,6 +203,7 @@ class Policy(nn.Module):
         Raises:
             UserError: an unknown type or field, or a value of the wrong kind.
         """
+        policies.import_all()
         fields = dict(config)
         name = fields.pop("type", None)
         if not isinstance(name, str) or name not in Policy.registry:

@@ -3,19 +3,28 @@
 To history, Ta executed chunk, Da action dimension, Do observation dimension.
 """
 
+import logging
+import os
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 
+import cloudpickle
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.native.registry import rules_of
+from dppo.envs.workers.choice import worthwhile_workers
+from dppo.envs.workers.vector_env import WorkerVectorEnv
 from dppo.task import Task
 from policies.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,17 @@ def make_vector_env(
 ) -> VectorEnv:
     """`num_envs` environments of the task, stepped together: observations [N, To, Do], actions [N, Ta, Da] or [N].
 
-    MuJoCo environments of Gymnasium are stepped natively, with `threads` threads (None: one per processor), to the same
-    results; everything else is as `sync_vector_env` makes it.
+    MuJoCo environments of Gymnasium are stepped natively, with `threads` threads (None: one per processor). Any others
+    run in up to so many worker processes if there is enough work for them, else one after the other. Neither changes
+    the results: they are those of `sync_vector_env`, bit for bit.
 
-    The observations it returns are a buffer that the next step overwrites: step it through a `Stepper`, which copies.
+    The observations it returns may be a buffer that the next step overwrites: a `Stepper` copies them.
 
     Raises:
         UserError: as `make_env`, or `num_envs` is not positive.
     """
     _check_num_envs(task, num_envs)
+    threads = threads or _processors()
     if autoreset_mode is AutoresetMode.SAME_STEP:
         env = make_env(task, history=history, chunk=chunk)
         rules = rules_of(env.env)
@@ -94,7 +105,13 @@ def make_vector_env(
             from dppo.envs.native.vector_env import NativeVectorEnv
 
             return NativeVectorEnv(env, rules, num_envs, threads=threads)
-        env.close()
+        with closing(env):
+            workers = worthwhile_workers(env, num_envs, threads)
+        if workers > 1:
+            try:
+                return WorkerVectorEnv(env, _constructor(task, history, chunk), num_envs, workers=workers)
+            except Exception as error:  # what keeps an environment from other processes need not keep it from this one
+                log.warning("task %s: the environments are stepped without worker processes: %s", task.name, error)
     return sync_vector_env(task, num_envs, history=history, chunk=chunk, autoreset_mode=autoreset_mode)
 
 
@@ -109,6 +126,36 @@ def sync_vector_env(
     _check_num_envs(task, num_envs)
     env_fns = [partial(make_env, task, history=history, chunk=chunk)] * num_envs
     return SyncVectorEnv(env_fns, copy=False, autoreset_mode=autoreset_mode)
+
+
+def worker_vector_env(task: Task, num_envs: int, *, history: int, chunk: int, workers: int) -> WorkerVectorEnv:
+    """As `sync_vector_env` in SAME_STEP mode, with the environments in `workers` processes.
+
+    Raises:
+        UserError: as `make_vector_env`, or a process died.
+        Exception: the environment cannot be made in another process.
+    """
+    _check_num_envs(task, num_envs)
+    with closing(make_env(task, history=history, chunk=chunk)) as env:
+        return WorkerVectorEnv(env, _constructor(task, history, chunk), num_envs, workers=workers)
+
+
+def _constructor(task: Task, history: int, chunk: int) -> bytes:
+    """What a worker makes its environments with."""
+    return cloudpickle.dumps(partial(_make_elsewhere, task.env_spec(), task, history=history, chunk=chunk))
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _make_elsewhere(spec: EnvSpec, task: Task, *, history: int, chunk: int) -> ChunkEnv:
+    """`make_env` in another process than the one in which `spec` was registered."""
+    with suppress(UserError):
+        task.env_spec()  # imports the module that is named in env_id, if there is one, which registers all it has
+    gymnasium.registry[task.env_id.rpartition(":")[2]] = spec
+    return make_env(task, history=history, chunk=chunk)
 
 
 def _check_num_envs(task: Task, num_envs: int) -> None:

@@ -18,6 +18,12 @@ Refused = Callable[..., str]
 # --- help
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"]])
+def test_help_does_not_wait_for_torch(arguments):
+    code = "import sys; from dppo.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True).returncode == 0
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_the_overview_names_every_command_and_gives_an_example_of_each(capsys, arguments):
     assert main(arguments) == 0

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,9 @@ def test_an_unserializable_metadata_leaves_the_saved_policy_as_it_was(saved: Pat
     with pytest.raises(TypeError):
         broken.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_policy_of_every_kind_loads_after_importing_the_base_alone(saved: Path) -> None:
+    code = "import sys; from policies.base import Policy; print(Policy.from_pretrained(sys.argv[1]).type)"
+    result = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=True)
+    assert result.stdout == "gaussian\n"

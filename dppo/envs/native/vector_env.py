@@ -3,7 +3,6 @@
 N environments, To history, Ta executed chunk, Da action dimension, Do observation dimension.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from dppo.envs.chunk import ChunkEnv
+from dppo.envs.infos import same_step_infos
 from dppo.envs.native.physics import Physics
 from dppo.envs.native.rules import Rules
 
@@ -42,14 +42,14 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     thrown away: at the end of an episode a few steps are wasted, in exchange for observing and judging all at once.
     """
 
-    def __init__(self, env: ChunkEnv, rules: Rules, num_envs: int, *, threads: int | None = None) -> None:
+    def __init__(self, env: ChunkEnv, rules: Rules, num_envs: int, *, threads: int) -> None:
         """`num_envs` copies of `env`, which closes with them.
 
         Args:
             env: a MuJoCo environment of Gymnasium; gives the model, spaces, sizes and the episode limit.
             rules: its rules.
             num_envs: N.
-            threads: how many simulate at once; None: one for each processor this process may use.
+            threads: how many simulate at once.
         """
         inner: Any = env.unwrapped
         assert isinstance(env.action_space, Box) and env.observation_space.shape is not None
@@ -67,7 +67,7 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             inner.frame_skip,
             num_envs,
             fields=rules.fields,
-            threads=max(1, min(threads or _processors(), num_envs)),
+            threads=min(threads, num_envs),
         )
         self._generators: list[np.random.Generator] = []
         self._elapsed = np.zeros(num_envs, np.int64)
@@ -126,7 +126,7 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if ended.any():
             self._history = self._history.copy()
             self._begin(np.flatnonzero(ended))
-        infos = _infos(step_rewards, steps, final, ended)
+        infos = same_step_infos(step_rewards, steps, final, ended)
         # Summed one after the other, as the environments do, not in pairs.
         return self._history.copy(), step_rewards.cumsum(1)[:, -1], terminated, truncated, infos
 
@@ -177,29 +177,6 @@ def _until_first(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(ended, flags.argmax(1) + 1, flags.shape[1]), ended
 
 
-def _infos(step_rewards: np.ndarray, steps: np.ndarray, final: np.ndarray, ended: np.ndarray) -> dict[str, Any]:
-    """Infos as Gymnasium lays them out: what an episode's last step gave is in "final_info", with masks everywhere."""
-
-    def masked(rows: np.ndarray) -> dict[str, Any]:
-        if not rows.any():
-            return {}
-        rewards = np.where(rows[:, None], step_rewards, 0.0)
-        return {"step_rewards": rewards, "_step_rewards": rows, "steps": np.where(rows, steps, 0), "_steps": rows}
-
-    infos = masked(~ended)
-    if ended.any():
-        last = np.full(len(ended), None, object)
-        for row in np.flatnonzero(ended):
-            last[row] = final[row]
-        infos |= {"final_obs": last, "_final_obs": ended, "final_info": masked(ended), "_final_info": ended}
-    return infos
-
-
 def _episode_limit(env: gymnasium.Env) -> int:
     limit = env.spec.max_episode_steps if env.spec is not None else None
     return np.iinfo(np.int64).max if limit is None else limit
-
-
-def _processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

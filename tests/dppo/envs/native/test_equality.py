@@ -1,10 +1,9 @@
 """Every native environment does what Gymnasium's own one does, to the last bit."""
 
-from typing import Any
-
 import gymnasium
 import numpy as np
 import pytest
+from equality import assert_same
 
 from dppo.envs.vector import sync_vector_env
 from dppo.task import Task
@@ -45,21 +44,6 @@ SETTINGS = [
     ("Pusher-v5", {"reward_near_weight": 2, "reward_dist_weight": 0.3, "reward_control_weight": 0.7}),
     ("Hopper-v5", {"width": 64, "camera_id": 0}),
 ]
-
-
-def assert_same(found: Any, expected: Any, where: str) -> None:
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for name in expected:
-            assert_same(found[name], expected[name], f"{where} {name}")
-    elif expected.dtype == object:
-        for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-            assert (ours is None) == (theirs is None), where
-            if theirs is not None:
-                assert_same(ours, theirs, f"{where} {i}")
-    else:
-        assert found.dtype == expected.dtype, where
-        np.testing.assert_array_equal(found, expected, where, strict=True)
 
 
 def assert_equal_to_gymnasium(native_env, chunks, task: Task, steps: int, **sizes: int) -> tuple[int, int, int]:

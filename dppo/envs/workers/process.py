@@ -1,0 +1,108 @@
+"""One worker process, as seen from the process that trains: started, asked, ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from typing import Any
+
+from dppo.envs.workers.worker import Failure
+from policies.errors import UserError
+
+GRACE_S = 3.0
+"""How long a worker may take to finish what it does and to close its environments."""
+
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+"""There are as many workers as cores, so none of them has cores to spare for threads of its own."""
+
+
+class WorkerProcess:
+    """A fresh Python interpreter that runs `worker.serve`, and the channel to it.
+
+    It is neither forked, nor started by `multiprocessing`: a fork of a process in which torch's threads run may find
+    their locks taken forever, and the other ways import the main module once more, so that a script without
+    `if __name__ == "__main__"` would start all over in each worker. What the worker needs of the main module travels by
+    value instead (cloudpickle), and everything else is imported there from the same folders as here.
+    """
+
+    def __init__(self, rows: range, memory: int) -> None:
+        """Start it, without waiting for it.
+
+        Args:
+            rows: the environments it is for.
+            memory: file descriptor of the records.
+        """
+        self._rows = rows
+        self._channel, theirs = Pipe()
+        code = f"from dppo.envs.workers.worker import serve; serve({theirs.fileno()}, {memory})"
+        folders = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": folders},
+                pass_fds=(theirs.fileno(), memory),
+                process_group=0,  # Ctrl-C in the terminal is for the process that trains; it ends its workers itself
+            )
+        finally:
+            theirs.close()
+
+    def send(self, message: Any) -> None:
+        """Give it something to do.
+
+        Raises:
+            UserError: it has died.
+        """
+        try:
+            self._channel.send(message)
+        except ConnectionError:
+            raise UserError(self._obituary()) from None
+
+    def receive(self) -> Failure | None:
+        """Wait for what it has to say about the last message.
+
+        Raises:
+            UserError: it has died.
+        """
+        try:
+            return self._channel.recv()
+        except (EOFError, ConnectionError):
+            raise UserError(self._obituary()) from None
+
+    def hang_up(self) -> None:
+        """Let it close its environments and end, once it has done what it is doing."""
+        self._channel.close()
+
+    def end(self, timeout: float) -> None:
+        """Wait for its end, and bring it about after `timeout` seconds."""
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._process.kill()  # does nothing to a process that has ended
+            self._process.wait()
+
+    def _obituary(self) -> str:
+        first, last = self._rows[0], self._rows[-1]
+        try:
+            code = self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            code = 0
+        cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        return (
+            f"the worker process of environments {first} to {last} has died ({cause}); was there too little memory, or "
+            "did the environment crash? threads=1 runs it in the main process"
+        )
+
+
+def end_all(workers: Sequence[WorkerProcess]) -> None:
+    """End processes: at once if they are idle, else after `GRACE_S` at the latest."""
+    for worker in workers:
+        worker.hang_up()
+    deadline = time.monotonic() + GRACE_S
+    for worker in workers:
+        worker.end(max(0.0, deadline - time.monotonic()))
