@@ -12,47 +12,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import Any
 
-import mujoco as _mujoco
 import numpy as np
-from mujoco.rollout import Rollout
 
 from dppo.envs.native.vector_env import NativeVectorEnv
 from dppo.envs.stepper import Stepper
-from dppo.envs.vector import make_plain_env, make_vector_env, sync_vector_env
+from dppo.envs.vector import make_vector_env, sync_vector_env
 from dppo.task import Task
-
-mujoco: Any = _mujoco
-
-
-class Limit:
-    """MuJoCo alone."""
-
-    def __init__(self, task: Task, native: NativeVectorEnv, threads: int) -> None:
-        env: Any = make_plain_env(task).unwrapped
-        self._model, self._frame_skip = env.model, env.frame_skip
-        self._native = native
-        self._datas = [mujoco.MjData(env.model) for _ in range(threads)]
-        self._rollout = Rollout(nthread=threads if threads > 1 else 0)
-
-    def seconds(self, action: np.ndarray) -> tuple[int, float]:
-        """Environment steps, and how long they took."""
-        physics = self._native.get_state().physics
-        controls = np.repeat(action.astype(np.float64), self._frame_skip, axis=1)
-        state = np.empty((*controls.shape[:2], physics["state"].shape[1]))
-        began = time.perf_counter()
-        self._rollout.rollout(
-            [self._model] * len(controls),
-            self._datas,
-            physics["state"],
-            controls,
-            initial_warmstart=physics["warmstart"],
-            nstep=controls.shape[1],
-            state=state,
-            skip_checks=True,
-        )
-        return action.shape[0] * action.shape[1], time.perf_counter() - began
+from throughput.limits import Limit, random_actions
 
 
 def seconds(stepper: Stepper, action: np.ndarray) -> tuple[int, float]:
@@ -72,12 +39,10 @@ def measure(env_id: str, num_envs: int, chunk: int, threads: int, turns: int) ->
     for stepper in steppers:
         stepper.reset(0)
     limit = Limit(task, native, threads)
-    space: Any = native.action_space
     rng = np.random.default_rng(0)
     rates: dict[str, list[float]] = {"limit": [], "sync": [], "native": []}
     for _ in range(turns):
-        draws = rng.normal(0, 0.7, (3, *space.shape)) * space.high
-        actions = np.clip(draws, space.low, space.high).astype(np.float32)
+        actions = random_actions(native, rng, 3)
         for name, results in (
             ("limit", [limit.seconds(action) for action in actions]),
             *(

@@ -1,0 +1,16 @@
+"""Gaussian PPO of this project, turn by turn; see `throughput.turns`."""
+
+from __future__ import annotations
+
+from throughput.gaussian import gaussian_trainer
+from throughput.turns import Turns, settings
+
+
+def main() -> None:
+    """Iterate as told."""
+    chosen = settings()
+    Turns().run(gaussian_trainer(chosen["task"], chosen["num_envs"]).iterate)
+
+
+if __name__ == "__main__":
+    main()
