@@ -24,7 +24,7 @@ from throughput.turns import Contender
 Settings = dict[str, Any]
 OURS = "ours"
 FINALISTS = 2
-"""So many of the opponent's ways of running that were fastest in the trial: a trial's order is partly luck."""
+"""So many ways of running of each side, the fastest ones of the trial: its order is partly luck."""
 
 
 def compare(opponent: str, python: Path, options: Options) -> dict[str, Any]:
@@ -46,9 +46,8 @@ def ways(opponent: str, task: str, options: Options) -> list[Settings]:
     for num_envs in (1, 4) if options.quick else NUM_ENVS:
         same = {"task": task, "env_id": env_id, "steps": STEPS, "num_envs": num_envs}
         vectors = OPPONENTS[opponent].vectors[: None if num_envs > 1 else 1]
-        found.append({"who": OURS, **same, "vector": "native", "threads": None})
-        theirs = {"who": opponent, **same}
-        found += [{**theirs, "vector": vector, "threads": threads} for vector in vectors for threads in (None, 1)]
+        for who, vector in ((OURS, "native"), *((opponent, vector) for vector in vectors)):
+            found += [{"who": who, **same, "vector": vector, "threads": threads} for threads in (None, 1)]
     return found
 
 
@@ -62,9 +61,7 @@ def _tried(pythons: Mapping[str, Path], settings: Settings, options: Options) ->
 def describe(settings: Mapping[str, Any]) -> str:
     """A way of running, in words."""
     threads = "torch's choice of threads" if settings["threads"] is None else f"{settings['threads']} thread"
-    return (
-        f"{settings['task']}, {settings['who']}: {settings['num_envs']} environments, {settings['vector']}, {threads}"
-    )
+    return f"{settings['task']}, {settings['who']}: {settings['num_envs']} x {settings['vector']}, {threads}"
 
 
 def _rate(seconds: list[float]) -> float:
@@ -74,10 +71,11 @@ def _rate(seconds: list[float]) -> float:
 def finalists(trial: list[Settings]) -> list[Settings]:
     """Of each side the fastest ways of running, and the fastest with a single environment."""
     ordered = sorted(trial, key=lambda one: -one["steps_per_s"])
-    ours, theirs = ([one for one in ordered if (one["who"] == OURS) is side] for side in (True, False))
-    single = [next(one for one in side if one["num_envs"] == 1) for side in (ours, theirs)]
-    chosen = [ours[0], *theirs[:FINALISTS]]
-    return chosen + [one for one in single if one not in chosen]
+    chosen: list[Settings] = []
+    for side in ([one for one in ordered if (one["who"] == OURS) is ours] for ours in (True, False)):
+        single = next(one for one in side if one["num_envs"] == 1)
+        chosen += [*side[:FINALISTS], *([] if single in side[:FINALISTS] else [single])]
+    return chosen
 
 
 def _final(pythons: Mapping[str, Path], chosen: list[Settings], options: Options) -> list[Settings]:
@@ -86,7 +84,7 @@ def _final(pythons: Mapping[str, Path], chosen: list[Settings], options: Options
         contenders = [stack.enter_context(Contender(pythons[one["who"]], one["who"], one)) for one in chosen]
         memory = []
         for contender in contenders:
-            with PeakMemory(contender.pid, always=True) as peak:
+            with PeakMemory(contender.pid) as peak:
                 contender.turn(1)
             memory.append(peak.peak)
         turns: list[list[float]] = [[] for _ in contenders]

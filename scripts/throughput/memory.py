@@ -1,9 +1,7 @@
-"""Peak memory of a process and its descendants (Linux; elsewhere the kernel's own figure for the process alone)."""
+"""Peak memory of a process and its descendants, as Linux tells it; elsewhere 0."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
 from pathlib import Path
 
@@ -22,29 +20,40 @@ def descendants(pid: int) -> list[int]:
     return [pid, *(process for child in children for process in descendants(child))]
 
 
+def peak_bytes(pid: int) -> int:
+    """The most that a process has had resident since it began; 0 where it is gone.
+
+    Not `getrusage`'s ru_maxrss: that is never less than what the process that started it had.
+    """
+    return _bytes(pid, "status", "VmHWM:")
+
+
 def proportional_bytes(pid: int) -> int:
-    """A process's memory, with what it shares divided among those that share it; 0 where it is gone."""
+    """What a process has now, with what it shares divided among those that share it; 0 where it is gone."""
+    return _bytes(pid, "smaps_rollup", "Pss:")
+
+
+def _bytes(pid: int, file: str, name: str) -> int:
     try:
-        lines = (PROC / str(pid) / "smaps_rollup").read_text().splitlines()
+        lines = (PROC / str(pid) / file).read_text().splitlines()
     except OSError:
         return 0
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 class PeakMemory:
-    """Samples a tree of processes for as long as the block runs: `with PeakMemory(pid) as memory: ...; memory.peak`.
+    """Watches a tree of processes for as long as the block runs: `with PeakMemory(pid) as memory: ...; memory.peak`.
 
-    Asking the kernel for shares walks the page tables, which would slow a process down that is being timed; so it is
-    asked only about real trees, unless ``always``. A single process's peak comes with its end, from `os.wait4`.
+    A single process's peak is the kernel's own figure. Of several, the proportional shares are summed up at each sample;
+    only then, because the kernel walks the page tables for them, which slows down whoever is being timed.
     """
 
-    def __init__(self, pid: int, *, always: bool = False) -> None:
+    def __init__(self, pid: int) -> None:
         self.peak = 0
         """Bytes."""
         self._pid = pid
-        self._always = always
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
@@ -54,22 +63,8 @@ class PeakMemory:
         self._over.set()
         self._thread.join()
 
-    def _sample(self) -> None:
+    def _watch(self) -> None:
         while not self._over.wait(INTERVAL_S):
             tree = descendants(self._pid)
-            if self._always or len(tree) > 1:
-                self.peak = max(self.peak, sum(map(proportional_bytes, tree)))
-
-
-def run_measured(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process; its peak memory in bytes, descendants included.
-
-    Raises:
-        subprocess.CalledProcessError: it failed.
-    """
-    with PeakMemory(process.pid) as memory:
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
-    return max(memory.peak, 1024 * usage.ru_maxrss)
+            shares = sum(map(proportional_bytes, tree)) if len(tree) > 1 else 0
+            self.peak = max(self.peak, peak_bytes(self._pid), shares)

@@ -54,7 +54,7 @@ def install(name: str, directory: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
     for call in calls:
         index = _index() if call == _torch() else []
-        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q", "install"]
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-qq", "install"]
         subprocess.run([*pip, *index, *call], check=True)
     done.write_text(json.dumps(calls))
     return python

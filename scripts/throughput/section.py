@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from throughput import cloning, dppo_iteration, gaussian, limits
-from throughput.memory import run_measured
+from throughput.memory import PeakMemory
 from throughput.options import TASKS, Options
 from throughput.turns import environment
 
@@ -39,8 +39,11 @@ def run_section(name: str, options: Options) -> dict[str, Any]:
         path = Path(directory) / "result.json"
         arguments = [name, json.dumps(dataclasses.asdict(options)), str(path)]
         command = [sys.executable, "-m", "throughput.section", *arguments]
-        memory = run_measured(subprocess.Popen(command, env=environment()))
-        return json.loads(path.read_text()) | {"memory_bytes": memory, "seconds": time.perf_counter() - began}
+        with subprocess.Popen(command, env=environment()) as process, PeakMemory(process.pid) as memory:
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, command)
+        seconds = time.perf_counter() - began
+        return json.loads(path.read_text()) | {"memory_bytes": memory.peak, "seconds": seconds}
 
 
 def main() -> None:

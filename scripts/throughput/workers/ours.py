@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from throughput.gaussian import gaussian_trainer
 from throughput.turns import Turns, settings
 
@@ -9,6 +11,8 @@ from throughput.turns import Turns, settings
 def main() -> None:
     """Iterate as told."""
     chosen = settings()
+    if chosen["threads"]:
+        torch.set_num_threads(chosen["threads"])
     Turns().run(gaussian_trainer(chosen["task"], chosen["num_envs"]).iterate)
 
 
