@@ -44,8 +44,8 @@ def _bytes(pid: int, file: str, name: str) -> int:
 class PeakMemory:
     """Watches a tree of processes for as long as the block runs: `with PeakMemory(pid) as memory: ...; memory.peak`.
 
-    A single process's peak is the kernel's own figure. Of several, the proportional shares are summed up at each sample;
-    only then, because the kernel walks the page tables for them, which slows down whoever is being timed.
+    A single process's peak is the kernel's own figure. Of several, the proportional shares are summed up at each
+    sample; only then, because the kernel walks the page tables for them, which slows down whoever is being timed.
     """
 
     def __init__(self, pid: int) -> None:

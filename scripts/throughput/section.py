@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dppo  # noqa: F401 - before torch, as in the commands: it decides how torch's threads wait
+
+# isort: split
 import dataclasses
 import json
 import subprocess

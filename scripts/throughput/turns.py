@@ -20,8 +20,11 @@ MARK = "seconds of the turn: "
 
 
 def environment() -> dict[str, str]:
-    """That of child processes: they find this package, and every library chooses its number of threads itself."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    """That of child processes: they find this package, and every library chooses itself how it uses threads.
+
+    Importing dppo sets a variable of OpenMP's as well, which is not to be passed on to others.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_", "KMP_"))}
     path = [str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(path)}
 

@@ -16,7 +16,7 @@ from throughput.limits import ProductLimit
 from throughput.memory import PeakMemory, descendants, peak_bytes, proportional_bytes
 from throughput.options import Options, known_precisions, medians
 from throughput.report import markdown
-from throughput.turns import Turns
+from throughput.turns import SCRIPTS, Turns, environment
 
 
 def policy(finetuned_steps: int | None) -> DiffusionPolicy:
@@ -149,6 +149,14 @@ def test_a_contender_times_what_it_is_told_to_and_ends_with_its_input(
         Turns().run(lambda: iterations.append(None))
     assert len(iterations) == 3
     assert [line.count(",") for line in capsys.readouterr().out.splitlines()] == [1, 0]
+
+
+def test_contenders_choose_themselves_how_they_use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    assert not any(name.startswith("OMP_") for name in environment())
+    assert environment()["PYTHONPATH"] == os.pathsep.join([str(SCRIPTS), "/mine"])
 
 
 def run(who: str, num_envs: int, steps_per_s: float) -> dict[str, object]:
