@@ -14,7 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dppo.data.demos import WindowDataset
 from dppo.output.metrics import Row
-from dppo.updates.schedule import schedule_factor, set_learning_rate
+from dppo.precision import Precision, computing_in
+from dppo.updates.optimizer import FlatAdamW
+from dppo.updates.schedule import schedule_factor
 from policies import Policy, UserError
 
 VALIDATION_SAMPLES = 4096
@@ -32,6 +34,7 @@ class CloningConfig:
     warmup: float
     weight_decay: float
     ema_decay: float
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if self.updates < 1 or self.batch_size < 1:
@@ -64,8 +67,11 @@ class Cloner:
         self.batch_size = min(config.batch_size, len(train))
         self.validation = None if validation is None else validation.to(self.device)
         self.averages = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        self.optimizer = FlatAdamW(
+            policy.parameters(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            what="policy",
         )
         seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(3)]
         self.generator = torch.Generator(self.device).manual_seed(seeds[0])
@@ -105,7 +111,7 @@ class Cloner:
             "updates_per_s": updates / (time.perf_counter() - began),
             "train_loss": train_loss,
             "validation_loss": self._validation_loss(),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.optimizer.learning_rate,
         }
 
     def _update(self) -> Tensor:
@@ -115,15 +121,14 @@ class Cloner:
             warmup=self.config.warmup,
             final=self.config.final_learning_rate_share,
         )
-        set_learning_rate(self.optimizer, factor * self.config.learning_rate)
+        self.optimizer.learning_rate = factor * self.config.learning_rate
         if len(self.order) < self.batch_size:
             fresh = torch.randperm(len(self.train), generator=self.generator, device=self.device)
             self.order = torch.cat([self.order, fresh])
         indices, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        loss = self.policy.imitation_loss(*self.train.batch(indices), generator=self.generator)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        with computing_in(self.config.precision, self.device):
+            loss = self.policy.imitation_loss(*self.train.batch(indices), generator=self.generator)
+        self.optimizer.step(self.optimizer.gradient(loss))
         self.averages.update_parameters(self.policy)
         self.updates += 1
         return loss.detach()

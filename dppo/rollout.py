@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dppo.envs.stepper import Step, Stepper
-from dppo.threads import single_thread
+from dppo.threads import sample_in_parts, single_thread
 from policies import Policy, Sample
 
 
@@ -50,6 +50,41 @@ class EpisodeTracker:
             finished.append(EpisodeResult(int(i), float(self.returns[i]), int(self.lengths[i]), success))
             self.returns[i], self.lengths[i], self.successes[i] = 0.0, 0, False
         return finished
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Memory for what a rollout keeps of each step, allocated once and filled anew by each rollout."""
+
+    obs: Tensor
+    """[T, N, To, Do]"""
+    chain: Tensor
+    """[T, N, K+1, *latent]"""
+    log_prob_factors: Tensor
+    """[T, N, K, *F], scored while sampling."""
+
+    @staticmethod
+    def of(policy: Policy, steps: int, num_envs: int) -> Storage:
+        """For ``steps`` chunk steps of a policy in so many environments, on the policy's device."""
+        device = next(policy.parameters()).device
+        obs = torch.zeros((1, policy.config.history, policy.config.obs_dim), device=device)
+        example = policy.sample(obs, noise=policy.draw_noise(1, torch.Generator(device)))
+
+        def rows(like: Tensor) -> Tensor:
+            return torch.empty((steps, num_envs, *like.shape[1:]), dtype=like.dtype, device=device)
+
+        return Storage(rows(obs), rows(example.chain), rows(example.log_prob_factors))
+
+    def write(self, step: int, acted: Acted) -> None:
+        """Keep one chunk step."""
+        self.obs[step] = acted.obs
+        self.chain[step] = acted.sample.chain
+        self.log_prob_factors[step] = acted.sample.log_prob_factors
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -102,6 +137,7 @@ class Actor:
     def __init__(self, env: Stepper, *, success_reward: float | None, generator: torch.Generator) -> None:
         self.env = env
         self.generator = generator
+        self.threads = torch.get_num_threads()
         self.tracker = EpisodeTracker(env.num_envs, success_reward)
         self.obs: np.ndarray | None = None
 
@@ -115,7 +151,8 @@ class Actor:
         if self.obs is None:
             raise RuntimeError("reset the environments before acting")
         obs = torch.from_numpy(self.obs).to(self.generator.device)
-        sample = policy.sample(obs, deterministic=deterministic, generator=self.generator)
+        noise = policy.draw_noise(len(obs), self.generator)
+        sample = sample_in_parts(policy, obs, noise, deterministic=deterministic, threads=self.threads)
         action = sample.action.cpu().numpy()
         sampled = time.perf_counter()
         step = self.env.step(action)
@@ -125,14 +162,32 @@ class Actor:
 
 @single_thread()
 def collect_rollout(
-    actor: Actor, policy: Policy, steps: int, on_step: Callable[[int], None] = lambda env_steps: None
+    actor: Actor,
+    policy: Policy,
+    steps: int,
+    on_step: Callable[[int], None] = lambda env_steps: None,
+    storage: Storage | None = None,
 ) -> Rollout:
-    """``steps`` chunk steps of the exploring policy; ``on_step`` hears how many environment steps each one took."""
-    acted: list[Acted] = []
-    for _ in range(steps):
-        acted.append(actor.act(policy))
-        on_step(int(acted[-1].step.steps.sum()))
-    outcomes, samples = [one.step for one in acted], [one.sample for one in acted]
+    """Act for ``steps`` chunk steps with the exploring policy.
+
+    Args:
+        actor: goes on where it is.
+        policy: on the device of the actor's generator.
+        steps: T.
+        on_step: hears how many environment steps each chunk step took.
+        storage: memory of T steps, whose former content is overwritten; None: fresh memory.
+    """
+    storage = Storage.of(policy, steps, actor.env.num_envs) if storage is None else storage
+    outcomes: list[Step] = []
+    episodes: list[EpisodeResult] = []
+    environment_s = 0.0
+    for t in range(steps):
+        acted = actor.act(policy)
+        storage.write(t, acted)
+        outcomes.append(acted.step)
+        episodes += acted.episodes
+        environment_s += acted.environment_s
+        on_step(int(acted.step.steps.sum()))
     device = actor.generator.device
 
     def stacked(name: str) -> np.ndarray:
@@ -140,16 +195,14 @@ def collect_rollout(
 
     truncated_obs = np.concatenate([step.final_obs[step.truncated] for step in outcomes])
     return Rollout(
-        obs=torch.stack([one.obs for one in acted]),
-        chain=torch.stack([sample.chain for sample in samples]),
-        log_prob_factors=torch.stack([sample.log_prob_factors for sample in samples]),
+        **vars(storage),
         rewards=torch.from_numpy(stacked("step_rewards").sum(2)).float().to(device),
         terminated=torch.from_numpy(stacked("terminated")).to(device),
         truncated=torch.from_numpy(stacked("truncated")).to(device),
         valid=torch.from_numpy(stacked("valid")).to(device),
         last_obs=torch.from_numpy(outcomes[-1].obs).to(device),
         truncated_obs=torch.from_numpy(truncated_obs).to(device),
-        episodes=[episode for one in acted for episode in one.episodes],
+        episodes=episodes,
         env_steps=int(stacked("steps").sum()),
-        environment_s=sum(one.environment_s for one in acted),
+        environment_s=environment_s,
     )

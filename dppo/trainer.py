@@ -17,7 +17,7 @@ from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env
 from dppo.output.metrics import Row
 from dppo.reward_scaling import RewardScaler
-from dppo.rollout import Actor, EpisodeResult, Rollout, collect_rollout
+from dppo.rollout import Actor, EpisodeResult, Rollout, Storage, collect_rollout
 from dppo.task import Task
 from dppo.updates.batch import Batch
 from dppo.updates.ppo import PPO, PPOConfig
@@ -76,6 +76,7 @@ class Trainer:
             Stepper(env), success_reward=task.success_reward, generator=torch.Generator(device).manual_seed(seeds[2])
         )
         self.actor.reset(seeds[3])
+        self.storage = Storage.of(policy, config.rollout_steps, config.num_envs)
         self.iteration = 0
         self.env_steps = 0
         self.wall_clock_s = 0.0
@@ -91,7 +92,7 @@ class Trainer:
     def iterate(self, on_step: Callable[[int], None] = lambda env_steps: None) -> Row:
         """One iteration; its row of metrics. ``on_step`` hears of environment steps as they happen."""
         began = time.perf_counter()
-        rollout = collect_rollout(self.actor, self.policy, self.config.rollout_steps, on_step)
+        rollout = collect_rollout(self.actor, self.policy, self.config.rollout_steps, on_step, self.storage)
         collected = time.perf_counter()
         values, next_values = self._values(rollout)  # [T, N] each
         scored = time.perf_counter()
@@ -146,14 +147,18 @@ class Trainer:
             gamma=self.algo.gamma,
             gae_lambda=self.algo.gae_lambda,
         )
-        valid = rollout.valid
+        whole = bool(rollout.valid.all())
+
+        def rows(column: Tensor) -> Tensor:
+            return column.flatten(0, 1) if whole else column[rollout.valid]
+
         return Batch(
-            obs=rollout.obs[valid],
-            chain=rollout.chain[valid],
-            log_prob_factors=rollout.log_prob_factors[valid],
-            advantages=advantages[valid],
-            returns=returns[valid],
-            values=values[valid],
+            obs=rows(rollout.obs),
+            chain=rows(rollout.chain),
+            log_prob_factors=rows(rollout.log_prob_factors),
+            advantages=rows(advantages),
+            returns=rows(returns),
+            values=rows(values),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -128,15 +128,32 @@ class Policy(nn.Module):
 
     # --- the interface that rollouts and update rules use -------------------------------------------------------
 
-    def sample(self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None) -> Sample:
-        """Draw an action for each observation.
+    def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """All the randomness of one `sample` for a batch: [B, ...], on the policy's device, where the generator lives."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        obs: Tensor,
+        *,
+        deterministic: bool = False,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Sample:
+        """Draw an action for each observation; row by row, so parts of a batch may be sampled apart.
 
         Args:
             obs: [B, To, Do] in the environment's units.
             deterministic: act as in evaluation (no exploration noise; a diffusion policy still starts from noise).
-            generator: source of all randomness; must live on the device of ``obs``.
+            generator: source of the noise; must live on the device of ``obs``.
+            noise: as of `draw_noise`, in place of a generator.
         """
         raise NotImplementedError
+
+    @property
+    def products_per_sample(self) -> int:
+        """About how many multiplications `sample` takes for one observation."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
         """The law of the next latent, as update rules score it.

@@ -42,13 +42,27 @@ class CategoricalPolicy(Policy, type="categorical"):
     def _law(self, obs: Tensor) -> Categorical:
         return Categorical(logits=self.network(self.normalize_obs(obs).flatten(1)), validate_args=False)
 
+    def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Standard exponential [B, Da]."""
+        noise = torch.empty((batch, self.config.action_dim), device=self.network.output.weight.device)
+        return noise.exponential_(generator=generator)
+
     @torch.no_grad()
-    def sample(self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None) -> Sample:
+    def sample(
+        self,
+        obs: Tensor,
+        *,
+        deterministic: bool = False,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Sample:
         law = self._law(obs)
-        drawn = law.probs.argmax(-1, keepdim=True)
+        scores = law.logits
         if not deterministic:
-            drawn = torch.multinomial(law.probs, 1, generator=generator)
-        action = drawn[:, 0]
+            # The Gumbel-max trick: minus the logarithm of a standard exponential variable is a Gumbel one.
+            noise = self.draw_noise(len(obs), generator) if noise is None else noise
+            scores = scores - noise.log()
+        action = scores.argmax(-1)
         chain = torch.stack([torch.zeros_like(action), action], dim=1)  # [B, 2]; z_0 says nothing
         return Sample(action, chain, law.log_prob(action)[:, None])
 

@@ -128,9 +128,13 @@ class DiffusionPolicy(Policy, type="diffusion"):
     # --- acting --------------------------------------------------------------------------------------------------
 
     def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal [1 + K, B, Tp, Da]: the start, then one draw for each denoising step."""
-        shape = (1 + self.config.denoising_steps, batch, *self.latent_shape)
+        """Standard normal [B, 1 + K, Tp, Da]: the start, then one draw for each denoising step."""
+        shape = (batch, 1 + self.config.denoising_steps, *self.latent_shape)
         return torch.randn(shape, generator=generator, device=self.alpha_bar.device)
+
+    @property
+    def products_per_sample(self) -> int:
+        return self.config.denoising_steps * sum(parameter.numel() for parameter in self.network.parameters())
 
     @torch.no_grad()
     def sample(
@@ -141,19 +145,18 @@ class DiffusionPolicy(Policy, type="diffusion"):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Sample:
-        """See `Policy.sample`; ``noise`` as of `draw_noise` replaces the generator."""
-        noise = self.draw_noise(obs.shape[0], generator) if noise is None else noise
+        noise = self.draw_noise(len(obs), generator) if noise is None else noise
         clip, stds = self.config.noise_clip, self._sampling_std(deterministic)
-        added = noise[1:] if clip is None else noise[1:].clamp(-clip, clip)
+        added = noise if clip is None else noise.clamp(-clip, clip)
         context = self.normalize_obs(obs).flatten(1)
 
-        means, latents = [], [noise[0]]
+        means, latents = [], [noise[:, 0]]
         for network, timesteps in self._stages():
             prepared = network.prepare(context)
             for t in timesteps:
                 out = network.forward_prepared(latents[-1], t, prepared)
                 means.append(self._mean(out, latents[-1], self._coefficients[t]))
-                latents.append(torch.add(means[-1], added[-1 - t], alpha=stds[t]))
+                latents.append(torch.add(means[-1], added[:, -1 - t], alpha=stds[t]))
 
         chain = torch.stack(latents[-1 - self.num_steps :], dim=1)  # [B, K'+1, Tp, Da]
         std = self.scoring_std[: self.num_steps].flip(0)[:, None, None]

@@ -71,13 +71,24 @@ class GaussianPolicy(Policy, type="gaussian"):
         std = self.config.min_std + F.softplus(raw_std)
         return Normal(out.unflatten(1, self.latent_shape), std, validate_args=False)
 
+    def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Standard normal [B, Tp, Da]."""
+        return torch.randn((batch, *self.latent_shape), generator=generator, device=self.network.output.weight.device)
+
     @torch.no_grad()
-    def sample(self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None) -> Sample:
+    def sample(
+        self,
+        obs: Tensor,
+        *,
+        deterministic: bool = False,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Sample:
         law = self._law(obs)
-        noise = torch.zeros_like(law.mean)
+        latent = law.mean
         if not deterministic:
-            noise = torch.randn(law.mean.shape, generator=generator, device=law.mean.device)
-        latent = law.mean + law.stddev * noise
+            noise = self.draw_noise(len(obs), generator) if noise is None else noise
+            latent = torch.addcmul(latent, law.stddev, noise)
         chain = torch.stack([torch.zeros_like(latent), latent], dim=1)  # z_0 says nothing
         return Sample(
             self.action_scaler.denormalize(latent[:, : self.config.executed_chunk]),

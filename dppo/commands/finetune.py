@@ -80,8 +80,8 @@ def _plan(config: Mapping[str, Any], trainer: Trainer, device: torch.device) -> 
     steps = f"the last {policy.num_steps} steps of a " if policy.num_steps > 1 else "a "
     return (
         f"fine-tuning {steps}{policy.type} policy ({config['checkpoint']}) on {trainer.task.name}: {size.env_steps:,} "
-        f"environment steps in iterations of {per_iteration:,}, {size.num_envs} environments, {device}, "
-        f"{torch.get_num_threads()} threads"
+        f"environment steps in iterations of {per_iteration:,} (kept in {trainer.storage.nbytes / 2**20:,.1f} MiB), "
+        f"{size.num_envs} environments, {device}, {torch.get_num_threads()} threads"
     )
 
 

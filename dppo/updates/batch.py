@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+GATHERED = 65_536
+"""Rows that are copied into their random order at once. Small minibatches are slices of such a copy."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,78 @@ class Batch:
     def __len__(self) -> int:
         return len(self.obs)
 
+    def pairs(self, indices: Tensor) -> Pairs:
+        """Copies of the pairs ``row * K + step`` [B]."""
+        rows, steps = indices // self.num_steps, indices % self.num_steps
+        return Pairs(
+            self.obs[rows],
+            self.chain[rows, steps],
+            steps,
+            self.chain[rows, steps + 1],
+            self.log_prob_factors[rows, steps],
+            self.advantages[rows],
+        )
 
-def minibatches(size: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A random partition of range(size) into ``count`` index tensors whose lengths differ by at most one."""
-    yield from torch.randperm(size, generator=generator, device=generator.device).tensor_split(count)
+    def targets(self, rows: Tensor) -> Targets:
+        """Copies of what the critic learns from, of the rows [B]."""
+        return Targets(self.obs[rows], self.returns[rows], self.values[rows])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B pairs of an environment step and one of its inner steps: what a policy learns from."""
+
+    obs: Tensor
+    """[B, To, Do]"""
+    latent: Tensor
+    """[B, *latent], z_k"""
+    step: Tensor
+    """[B] integers, k"""
+    following: Tensor
+    """[B, *latent], z_{k+1}"""
+    log_prob_factors: Tensor
+    """[B, *F] of z_{k+1} under the policy that sampled"""
+    advantages: Tensor
+    """[B] of the environment step's action"""
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """B environment steps: what a critic learns from."""
+
+    obs: Tensor
+    """[B, To, Do]"""
+    returns: Tensor
+    """[B]"""
+    values: Tensor
+    """[B], its estimates before the update"""
+
+
+Record = TypeVar("Record", Pairs, Targets)
+
+
+def split(record: Record, sizes: int | list[int]) -> Iterator[Record]:
+    """Consecutive parts of these lengths, or of this length but for the last, without copying."""
+    columns = (getattr(record, field.name).split(sizes) for field in fields(record))
+    return (type(record)(*parts) for parts in zip(*columns, strict=True))
+
+
+def minibatches(
+    gather: Callable[[Tensor], Record], size: int, count: int, generator: torch.Generator
+) -> Iterator[Record]:
+    """A random partition of range(size) into ``count`` minibatches whose lengths differ by at most one.
+
+    Args:
+        gather: copies what belongs to indices [B].
+        size: how many indices there are, at least ``count``.
+        count: how many minibatches.
+        generator: draws the partition.
+    """
+    parts = torch.randperm(size, generator=generator, device=generator.device).tensor_split(count)
+    at_once = max(1, GATHERED // len(parts[0]))
+    for first in range(0, count, at_once):
+        together = parts[first : first + at_once]
+        yield from split(gather(torch.cat(together)), [len(part) for part in together])

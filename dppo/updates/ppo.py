@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dppo.advantages import explained_variance, inner_discount, normalized
 from dppo.critic import Critic
+from dppo.precision import Precision, computing_in
 from dppo.surrogates import LogRatio, approximate_kl, clip_ranges, clipped_loss, log_ratio, value_loss
-from dppo.updates.batch import Batch, minibatches
-from dppo.updates.schedule import Schedule, schedule_factor, set_learning_rate
-from policies import Policy, UserError, log_prob_factors
+from dppo.updates.batch import Batch, Pairs, Targets, minibatches, split
+from dppo.updates.optimizer import FlatAdamW
+from dppo.updates.schedule import Schedule, schedule_factor
+from policies import Policy, log_prob_factors
 
 MICRO_BATCH = 5000
 """Pairs whose gradient a CPU computes at once. A larger minibatch's is summed up from such parts: what lies between its
@@ -49,6 +52,8 @@ class PPOConfig:
     """Clip of the gradient norm, of actor and critic each."""
     critic_warmup_iterations: int = 0
     """First iterations in which only the critic learns."""
+    precision: Precision = "float32"
+    """In which the policy's networks are evaluated during the update."""
 
     clip: float = 0.2
     """Clip range of the ratio at the inner step next to the action."""
@@ -87,16 +92,33 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The clipped surrogate of one minibatch."""
+    """The clipped surrogate of B pairs."""
 
-    loss: Tensor
-    """Scalar."""
+    losses: Tensor
+    """[B]"""
     log_ratios: Tensor
     """[B]"""
-    approx_kl: Tensor
-    """Scalar."""
-    clip_fraction: Tensor
-    """Scalar, share of ratios outside their range."""
+    clip: Tensor
+    """[B], the range of each pair's ratio"""
+
+    def detached(self) -> PolicyLoss:
+        """Without the graph."""
+        return PolicyLoss(self.losses.detach(), self.log_ratios.detach(), self.clip)
+
+    @staticmethod
+    def joined(parts: Sequence[PolicyLoss]) -> PolicyLoss:
+        """Of all pairs of several parts."""
+        if len(parts) == 1:
+            return parts[0]
+        return PolicyLoss(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(PolicyLoss)))
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def metrics(self) -> Tensor:
+        """[3]: mean loss, approximate KL, and share of ratios outside their range."""
+        clipped = (self.log_ratios.expm1().abs() > self.clip).float()
+        return torch.stack([self.losses.mean(), approximate_kl(self.log_ratios), clipped.mean()])
 
 
 class PPO:
@@ -108,48 +130,50 @@ class PPO:
         self.policy = policy
         self.critic = critic
         self.generator = generator
-        self.actor_parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self.actor_optimizer = torch.optim.AdamW(
-            self.actor_parameters, lr=config.learning_rate, weight_decay=config.weight_decay, eps=1e-8
+        self.actor_optimizer = FlatAdamW(
+            policy.parameters(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            what="policy",
         )
-        self.critic_optimizer = torch.optim.AdamW(
-            critic.parameters(), lr=config.critic_learning_rate, weight_decay=config.weight_decay
+        self.critic_optimizer = FlatAdamW(
+            critic.parameters(),
+            learning_rate=config.critic_learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            what="critic",
         )
-        device = self.actor_parameters[0].device
+        device = next(policy.parameters()).device
         base = config.clip if config.clip_base is None else config.clip_base
         self.clip_ranges = clip_ranges(policy.num_steps, base, config.clip, config.clip_rate).to(device)  # [K]
         self.discount = inner_discount(policy.num_steps, config.inner_gamma).to(device)  # [K]
 
-    def policy_loss(self, batch: Batch, rows: Tensor, steps: Tensor, advantages: Tensor | None = None) -> PolicyLoss:
-        """The clipped surrogate on the pairs (rows [B] of the batch, inner steps [B]).
+    def policy_loss(self, pairs: Pairs, advantages: Tensor | None = None) -> PolicyLoss:
+        """The clipped surrogate on B pairs.
 
         ``advantages`` [B] are those of the actions, where they were normalised over more than these pairs.
         """
-        law = self.policy.transition(batch.obs[rows], batch.chain[rows, steps], steps)
-        new_factors = log_prob_factors(law, batch.chain[rows, steps + 1])
-        old_factors = batch.log_prob_factors[rows, steps]
+        with computing_in(self.config.precision, pairs.obs.device):
+            law = self.policy.transition(pairs.obs, pairs.latent, pairs.step)
         log_ratios = log_ratio(
-            new_factors,
-            old_factors,
+            log_prob_factors(law, pairs.following),
+            pairs.log_prob_factors,
             self.config.log_ratio,
             self.config.log_prob_clamp,
             self.policy.config.executed,
         )
-        advantages = self._advantages(batch, rows) if advantages is None else advantages
-        clip = self.clip_ranges[steps]
-        loss = clipped_loss(log_ratios, advantages * self.discount[steps], clip).mean()
-        with torch.no_grad():
-            clip_fraction = (log_ratios.expm1().abs() > clip).float().mean()
-            return PolicyLoss(loss, log_ratios, approximate_kl(log_ratios), clip_fraction)
+        advantages = self._advantages(pairs) if advantages is None else advantages
+        clip = self.clip_ranges[pairs.step]
+        return PolicyLoss(clipped_loss(log_ratios, advantages * self.discount[pairs.step], clip), log_ratios, clip)
 
-    def _advantages(self, batch: Batch, rows: Tensor) -> Tensor:
-        advantages = batch.advantages[rows]
-        return normalized(advantages) if self.config.normalize_advantages else advantages
+    def _advantages(self, pairs: Pairs) -> Tensor:
+        return normalized(pairs.advantages) if self.config.normalize_advantages else pairs.advantages
 
-    def value_loss(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The critic's loss on the rows [B] of the batch."""
-        values = self.critic(self.policy.normalize_obs(batch.obs[rows]))
-        return value_loss(values, batch.returns[rows], batch.values[rows], self.config.value_clip)
+    def value_loss(self, targets: Targets) -> Tensor:
+        """The critic's loss on B environment steps."""
+        values = self.critic(self.policy.normalize_obs(targets.obs))
+        return value_loss(values, targets.returns, targets.values, self.config.value_clip)
 
     def update(self, batch: Batch, *, progress: float, iteration: int) -> dict[str, float | None]:
         """One policy update; its metrics.
@@ -163,62 +187,60 @@ class PPO:
             UserError: a loss that is not finite; the parameters are those before the step that it would have led to.
         """
         factor = schedule_factor(self.config.schedule, progress, final=self.config.final_learning_rate_share)
-        set_learning_rate(self.actor_optimizer, factor * self.config.learning_rate)
-        set_learning_rate(self.critic_optimizer, factor * self.config.critic_learning_rate)
-        pairs = len(batch) * batch.num_steps
-        count = math.ceil(pairs / self.config.batch_size)
+        self.actor_optimizer.learning_rate = factor * self.config.learning_rate
+        self.critic_optimizer.learning_rate = factor * self.config.critic_learning_rate
+        num_pairs = len(batch) * batch.num_steps
+        count = math.ceil(num_pairs / self.config.batch_size)
         train_actor = iteration >= self.config.critic_warmup_iterations
-        seen: dict[str, list[Tensor]] = defaultdict(list)
         actor_steps = 0
+        of_epochs: list[tuple[Tensor, int]] = []  # the actor's metrics, and over how many pairs they are
+        value_losses: list[Tensor] = []
         for _ in range(self.config.epochs):
-            critic_parts = minibatches(len(batch), min(count, len(batch)), self.generator)
-            for pair in minibatches(pairs, count, self.generator):
-                if train_actor:
-                    train_actor = self._actor_step(batch, pair, seen)
+            # Where minibatches are smaller than K, there are fewer of the critic's.
+            of_critic = minibatches(batch.targets, len(batch), min(count, len(batch)), self.generator)
+            of_actor = minibatches(batch.pairs, num_pairs, count, self.generator) if train_actor else ()
+            seen: list[PolicyLoss] = []
+            for pairs, targets in zip_longest(of_actor, of_critic):
+                if train_actor and pairs is not None:
+                    train_actor = self._actor_step(pairs, seen)
                     actor_steps += train_actor
-                rows = next(critic_parts, None)  # where minibatches are smaller than K, there are fewer of these
-                if rows is not None:
-                    self._critic_step(batch, rows, seen)
-        metrics: dict[str, float | None] = {name: float(torch.stack(values).mean()) for name, values in seen.items()}
+                if targets is not None:
+                    value_losses.append(self._critic_step(targets))
+            if seen:
+                epoch = PolicyLoss.joined(seen)
+                of_epochs.append((epoch.metrics(), len(epoch)))
         return {
-            "policy_loss": None,
-            "approx_kl": None,
-            "clip_fraction": None,
-            **metrics,
+            **_weighted_means(of_epochs),
+            "value_loss": float(torch.stack(value_losses).mean()),
             "explained_variance": explained_variance(batch.values, batch.returns),
             "actor_learning_rate": factor * self.config.learning_rate,
             "critic_learning_rate": factor * self.config.critic_learning_rate,
             "actor_steps": actor_steps,
         }
 
-    def _actor_step(self, batch: Batch, pair: Tensor, seen: dict[str, list[Tensor]]) -> bool:
-        """Learn from the pairs [B]; False where the target KL says to stop."""
-        rows, steps = pair // batch.num_steps, pair % batch.num_steps
-        size = MICRO_BATCH if rows.device.type == "cpu" else len(rows)
-        advantages = self._advantages(batch, rows)
-        self.actor_optimizer.zero_grad()
-        parts = []
-        for part in zip(rows.split(size), steps.split(size), advantages.split(size), strict=True):
-            result = self.policy_loss(batch, *part)
-            share = len(part[0]) / len(rows)
-            (share * result.loss).backward()
-            parts.append(share * torch.stack([result.loss.detach(), result.approx_kl, result.clip_fraction]))
-        loss, approx_kl, clip_fraction = torch.stack(parts).sum(0)
-        seen["policy_loss"].append(loss)
-        seen["approx_kl"].append(approx_kl)
-        seen["clip_fraction"].append(clip_fraction)
-        if self.config.target_kl is not None and approx_kl > self.config.target_kl:
+    def _actor_step(self, pairs: Pairs, seen: list[PolicyLoss]) -> bool:
+        """Learn from a minibatch, which ``seen`` takes in; False where the target KL says to stop."""
+        size = MICRO_BATCH if pairs.obs.device.type == "cpu" else len(pairs)
+        advantages = self._advantages(pairs)
+        gradient, parts = None, []
+        for part, its_advantages in zip(split(pairs, size), advantages.split(size), strict=True):
+            result = self.policy_loss(part, its_advantages)
+            summand = self.actor_optimizer.gradient(result.losses.sum() / len(pairs))
+            gradient = summand if gradient is None else gradient.add_(summand)
+            parts.append(result.detached())
+        assert gradient is not None
+        whole = PolicyLoss.joined(parts)
+        seen.append(whole)
+        if self.config.target_kl is not None and approximate_kl(whole.log_ratios) > self.config.target_kl:
             return False
-        apply_gradients(loss, self.actor_optimizer, self.actor_parameters, self.config.max_grad_norm, "policy")
+        self.actor_optimizer.step(gradient, whole.losses.mean())
         return True
 
-    def _critic_step(self, batch: Batch, rows: Tensor, seen: dict[str, list[Tensor]]) -> None:
-        loss = self.value_loss(batch, rows)
-        seen["value_loss"].append(loss.detach())
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        parameters = list(self.critic.parameters())
-        apply_gradients(loss.detach(), self.critic_optimizer, parameters, self.config.max_grad_norm, "value")
+    def _critic_step(self, targets: Targets) -> Tensor:
+        """Learn from a minibatch; its loss."""
+        loss = self.value_loss(targets)
+        self.critic_optimizer.step(self.critic_optimizer.gradient(loss), loss.detach())
+        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimisers and the state of the generator."""
@@ -229,22 +251,11 @@ class PPO:
         }
 
 
-def apply_gradients(
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    max_grad_norm: float | None,
-    what: str,
-) -> None:
-    """One optimiser step down the gradient that the backward pass of ``loss`` left.
-
-    Raises:
-        UserError: the loss or its gradient is not finite; no step is taken.
-    """
-    advice = "lower the learning rate or check the rewards' scale"
-    if not torch.isfinite(loss):
-        raise UserError(f"the {what} loss became {loss.item()}; {advice}")
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
-    if not torch.isfinite(norm):
-        raise UserError(f"the gradient of the {what} loss became {norm.item()}; {advice}")
-    optimizer.step()
+def _weighted_means(of_epochs: list[tuple[Tensor, int]]) -> dict[str, float | None]:
+    """`PolicyLoss.metrics` of all pairs; None where the actor learned from none."""
+    names = ("policy_loss", "approx_kl", "clip_fraction")
+    if not of_epochs:
+        return dict.fromkeys(names)
+    total = sum(size for _, size in of_epochs)
+    means = torch.stack([metrics * (size / total) for metrics, size in of_epochs]).sum(0)
+    return dict(zip(names, means.tolist(), strict=True))

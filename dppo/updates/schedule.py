@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
-
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -26,9 +24,3 @@ def schedule_factor(schedule: Schedule, progress: float, warmup: float = 0.0, fi
     done = min(1.0, (progress - warmup) / max(1e-12, 1 - warmup))
     shape = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return final + (1 - final) * shape
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every parameter group this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
