@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mujoco as _mujoco
@@ -94,35 +96,49 @@ class ProductLimit:
         generator = torch.Generator().manual_seed(0)
         self._inputs = torch.randn(rows, WIDTH, generator=generator).to(dtype)
         self._weight = torch.randn(WIDTH, WIDTH, generator=generator).to(dtype)
-        self._flops = 2 * rows * WIDTH * WIDTH
         self._calls = max(1, 2000 // rows)  # enough for the clock
+        self._flops = self._calls * 2 * rows * WIDTH * WIDTH
 
-    def rates(self, repeats: int = 15) -> dict[int, float]:
-        """The median over some repeats, by number of threads: one, and torch's choice."""
-        chosen = torch.get_num_threads()
+    def rates(self, repeats: int = 15) -> dict[str, float]:
+        """The median over some repeats, by use of threads.
+
+        One thread; torch's choice of threads, which meet at every product; and the rows dealt out to as many threads,
+        each with products of its own.
+        """
+        threads = torch.get_num_threads()
+        shares = self._inputs.tensor_split(threads)
         try:
-            return {threads: self._rate(threads, repeats) for threads in sorted({1, chosen})}
+            torch.set_num_threads(1)
+            rates = {"1": self._rate(lambda: self._multiply(self._inputs), repeats)}
+            if threads > 1:
+                with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    rates[f"{threads} apart"] = self._rate(lambda: list(pool.map(self._multiply, shares)), repeats)
+                torch.set_num_threads(threads)
+                rates[f"{threads} together"] = self._rate(lambda: self._multiply(self._inputs), repeats)
         finally:
-            torch.set_num_threads(chosen)
+            torch.set_num_threads(threads)
+        return rates
 
     def rate(self, repeats: int = 15) -> float:
-        """The better of `rates`."""
+        """The best of `rates`."""
         return max(self.rates(repeats).values())
 
-    @torch.no_grad()
-    def _rate(self, threads: int, repeats: int) -> float:
-        torch.set_num_threads(threads)
+    @torch.inference_mode()
+    def _multiply(self, inputs: torch.Tensor) -> None:
+        for _ in range(self._calls):
+            F.linear(inputs, self._weight)
+
+    def _rate(self, work: Callable[[], object], repeats: int) -> float:
         seconds = []
-        for _ in range(1 + repeats):
+        for _ in range(1 + repeats):  # the first one warms up
             began = time.perf_counter()
-            for _ in range(self._calls):
-                F.linear(self._inputs, self._weight)
+            work()
             seconds.append(time.perf_counter() - began)
-        return self._calls * self._flops / statistics.median(seconds[1:])
+        return self._flops / statistics.median(seconds[1:])
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Steps per second by task, and operations per second by precision, use and number of threads."""
+    """Steps per second by task, and operations per second by precision, shape and use of threads."""
     repeats = 5 if options.quick else 200
     simulation = {}
     for name in options.tasks:

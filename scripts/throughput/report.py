@@ -48,7 +48,7 @@ def _limits(result: Result) -> str:
         for use, product in uses.items():
             rates = [f"{rate / 1e9:,.0f} ({threads})" for threads, rate in product["flops_per_s"].items()]
             name = f"{product['rows']} x 512 by 512 x 512 ({use}), {precision}"
-            rows.append([name, f"{', '.join(rates)} GFLOP/s (threads)"])
+            rows.append([name, f"GFLOP/s (threads): {', '.join(rates)}"])
     return "## Limits of the machine\n\n" + table(["limit", "median"], rows)
 
 
