@@ -18,53 +18,20 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import mujoco as _mujoco
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
-from mujoco.rollout import Rollout
 
 from dppo.envs.native.vector_env import NativeVectorEnv
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import (
     make_env,
-    make_plain_env,
     make_vector_env,
     space_dims,
     sync_vector_env,
     worker_vector_env,
 )
 from dppo.task import Task
-
-mujoco: Any = _mujoco
-
-
-class Limit:
-    """MuJoCo alone."""
-
-    def __init__(self, task: Task, native: NativeVectorEnv, threads: int) -> None:
-        env: Any = make_plain_env(task).unwrapped
-        self._model, self._frame_skip = env.model, env.frame_skip
-        self._native = native
-        self._datas = [mujoco.MjData(env.model) for _ in range(threads)]
-        self._rollout = Rollout(nthread=threads if threads > 1 else 0)
-
-    def seconds(self, action: np.ndarray) -> tuple[int, float]:
-        """Environment steps, and how long they took."""
-        physics = self._native.get_state().physics
-        controls = np.repeat(action.astype(np.float64), self._frame_skip, axis=1)
-        state = np.empty((*controls.shape[:2], physics["state"].shape[1]))
-        began = time.perf_counter()
-        self._rollout.rollout(
-            [self._model] * len(controls),
-            self._datas,
-            physics["state"],
-            controls,
-            initial_warmstart=physics["warmstart"],
-            nstep=controls.shape[1],
-            state=state,
-            skip_checks=True,
-        )
-        return action.shape[0] * action.shape[1], time.perf_counter() - began
+from throughput.limits import Limit, random_actions
 
 
 def seconds(stepper: Stepper, action: np.ndarray) -> tuple[int, float]:
@@ -87,12 +54,10 @@ def measure_native(task: Task, native: NativeVectorEnv, threads: int, turns: int
     for stepper in steppers.values():
         stepper.reset(0)
     limit = Limit(task, native, threads)
-    space: Any = native.action_space
     rng = np.random.default_rng(0)
     rates: Rates = {"limit": [], **{name: [] for name in steppers}}
     for _ in range(turns):
-        draws = rng.normal(0, 0.7, (3, *space.shape)) * space.high
-        actions = list(np.clip(draws, space.low, space.high).astype(np.float32))
+        actions = random_actions(native, rng, 3)
         rates["limit"].append(rate(limit.seconds(action) for action in actions))
         for name, stepper in steppers.items():
             rates[name].append(rate(seconds(stepper, action) for action in actions))

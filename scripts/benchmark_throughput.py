@@ -1,82 +1,76 @@
-"""Environment steps per second, and seconds per phase, of one DPPO iteration at the paper's Hopper setting.
+"""How fast everything is, beside what the machine could do at best and, where asked, beside other people's PPO.
 
-40 environments, 500 chunk steps, Ta = 4, K = 20, K' = 10, actor 3 x 512, critic 3 x 256, batch 50,000, 5 epochs.
-Random weights: they change what the robot does, not what an iteration costs, except that Hopper falls often and resets.
+limits       MuJoCo alone, and matrix products alone, on all cores
+hopper       seconds per phase of a DPPO iteration at the paper's Hopper setting
+halfcheetah  the same settings on HalfCheetah
+gaussian     environment steps per second of Gaussian PPO, by number of environments
+cloning      samples per second of behaviour cloning
 
-    python scripts/benchmark_throughput.py [--iterations N] [--threads N] [--json FILE]
+Each is measured in a fresh process, with torch's own choice of threads. Results are written after each one.
+
+    python scripts/benchmark_throughput.py [--quick] [--json FILE] [--markdown FILE]
+    python scripts/benchmark_throughput.py --only hopper gaussian --turns 5
+    python scripts/benchmark_throughput.py --only --against sb3 cleanrl     # nothing but the comparison
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import statistics
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from dppo.building import build_task, build_update_rule, scratch_policy
-from dppo.commands.finetune import trainer_config
-from dppo.configuration import compose_config
-from dppo.output.metrics import Row
-from dppo.trainer import Trainer
-
-PHASES = ("environment", "sampling", "scoring", "advantages", "update")
+from throughput.comparison import compare
+from throughput.machine import describe_machine
+from throughput.opponents import CACHE, OPPONENTS, install
+from throughput.options import PRECISIONS, TASKS, Options
+from throughput.report import markdown
+from throughput.section import SECTIONS, run_section
 
 
-def measure(iterations: int, overrides: list[str]) -> list[Row]:
-    """The metrics of that many iterations, after a small one to warm up."""
-    config = compose_config("finetune", ["experiment=paper_hopper", "checkpoint=scratch", *overrides])
-    task = build_task(config)
-    algo = build_update_rule(config)
-
-    def trainer(rollout_steps: int) -> Trainer:
-        torch.manual_seed(0)
-        size = trainer_config({**config, "rollout_steps": rollout_steps})
-        policy = scratch_policy(config, task, ["policy.finetuned_steps"])
-        return Trainer(policy, task, size, algo, config["critic"])
-
-    trainer(10).iterate()
-    measured = trainer(config["rollout_steps"])
-    return [measured.iterate() for _ in range(iterations)]
-
-
-def summarize(rows: list[Row]) -> dict[str, object]:
-    """Medians over the iterations."""
-
-    def median(name: str) -> float:
-        return statistics.median(float(row[name] or 0) for row in rows)
-
-    phases = {phase: median(f"{phase}_s") for phase in PHASES}
-    steps = [int(row["env_steps"] or 0) for row in rows]
-    per_iteration = [after - before for before, after in zip([0, *steps[:-1]], steps, strict=True)]
-    return {
-        "total_s": sum(phases.values()),
-        "env_steps": round(statistics.median(per_iteration)),
-        "phases_s": phases,
-        "iterations": len(rows),
-        "threads": torch.get_num_threads(),
-    }
+def arguments() -> argparse.Namespace:
+    """What the user asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="sections (default: all)")
+    parser.add_argument("--against", nargs="+", choices=OPPONENTS, default=[], help="compare Gaussian PPO with these")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
+    parser.add_argument("--turns", type=int, help="how often each thing is measured (default: the section's choice)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="of limits, gaussian and --against")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the arithmetic")
+    parser.add_argument("--environments", type=Path, default=CACHE, help=f"of --against (default: {CACHE})")
+    parser.add_argument("--json", type=Path, help="where to write everything")
+    parser.add_argument("--markdown", type=Path, help="where to write the tables")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=1, help="iterations to take the median of")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("overrides", nargs="*", help="settings as of `dppo finetune`, e.g. num_envs=80")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    result = summarize(measure(arguments.iterations, arguments.overrides))
-    phases, total, env_steps = result["phases_s"], result["total_s"], result["env_steps"]
-    assert isinstance(phases, dict) and isinstance(total, float) and isinstance(env_steps, int)
-    for phase, seconds in phases.items():
-        print(f"{phase:12}{seconds:8.2f} s{seconds / total:8.0%}")
-    print(f"{'total':12}{total:8.2f} s for {env_steps:,} environment steps: {env_steps / total:,.0f} steps/s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    """Measure, write, and print the tables."""
+    args = arguments()
+    options = Options(args.quick, args.turns, args.tasks, args.precision)
+    pythons = {name: install(name, args.environments) for name in args.against}
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "options": dataclasses.asdict(options),
+        "sections": {},
+        "against": {},
+    }
+
+    def write() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
+        if args.markdown:
+            args.markdown.write_text(markdown(results))
+
+    for name in args.only:
+        print(f"{name} ...", flush=True)
+        results["sections"][name] = run_section(name, options)
+        write()
+    for name, python in pythons.items():
+        print(f"against {OPPONENTS[name].title} ...", flush=True)
+        results["against"][name] = compare(name, python, options)
+        write()
+    print(markdown(results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""The results as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from throughput.opponents import OPPONENTS
+from throughput.options import TASKS
+
+Result = dict[str, Any]
+
+
+def markdown(results: Result) -> str:
+    """Everything that was measured."""
+    parts = [_machine(results)]
+    for name, section in results["sections"].items():
+        parts.append(_TABLES[name](section["result"]))
+    for name, comparison in results["against"].items():
+        parts.append(_against(name, comparison))
+    if results["sections"]:
+        parts.append(_memory(results["sections"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column holds names, the others numbers."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _machine(results: Result) -> str:
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    threads = {str(section["threads"]) for section in results["sections"].values()}
+    counted = f", {'/'.join(sorted(threads))} threads of torch" if threads else ""
+    quick = "\n\nA quick trial: these numbers mean nothing." if results["options"]["quick"] else ""
+    return (
+        f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores{counted}, {machine['memory_gib']} GiB, load "
+        f"{machine['load_at_start']} at the start; {versions}.{quick}"
+    )
+
+
+def _limits(result: Result) -> str:
+    rows = [[f"MuJoCo alone, {task}, all cores", f"{rate:,.0f} steps/s"] for task, rate in result["simulation"].items()]
+    for precision, uses in result["products"].items():
+        for use, product in uses.items():
+            rates = [f"{rate / 1e9:,.0f} ({threads})" for threads, rate in product["flops_per_s"].items()]
+            name = f"{product['rows']} x 512 by 512 x 512 ({use}), {precision}"
+            rows.append([name, f"GFLOP/s (threads): {', '.join(rates)}"])
+    return "## Limits of the machine\n\n" + table(["limit", "median"], rows)
+
+
+def _iteration(task: str, result: Result) -> str:
+    header = ["phase"]
+    for precision in result:
+        header += [precision, "of its limit"]
+    rows = []
+    for phase in next(iter(result.values()))["seconds"]:
+        cells = [phase]
+        for median in result.values():
+            fraction = median["fractions"].get(phase)
+            cells += [f"{median['seconds'][phase]:.2f} s", "" if fraction is None else f"{fraction:.0%}"]
+        rows.append(cells)
+    for name, unit in (("total_s", "{:.2f} s"), ("env_steps", "{:,.0f}"), ("env_steps_per_s", "{:,.0f}")):
+        rows.append([_WORDS[name], *(cell for m in result.values() for cell in (unit.format(m["whole"][name]), ""))])
+    turns = "/".join(str(median["turns"]) for median in result.values())
+    return f"## One DPPO iteration, {task}\n\nMedians of {turns} iterations.\n\n" + table(header, rows)
+
+
+def _gaussian(result: Result) -> str:
+    counts = list(next(iter(result.values()))["by_num_envs"])
+    rows = []
+    for count in counts:
+        cells = []
+        for measured in result.values():
+            best = str(measured["best_num_envs"]) == count
+            rate = f"{measured['by_num_envs'][count]['env_steps_per_s']:,.0f}"
+            cells.append(f"**{rate}**" if best else rate)
+        rows.append([count, *cells])
+    header = ["environments", *(f"{task}, steps/s" for task in result)]
+    return "## Gaussian PPO, 2,048 steps per update, minibatches of 64\n\n" + table(header, rows)
+
+
+def _cloning(result: Result) -> str:
+    rows = [
+        [precision, f"{median['samples_per_s']:,.0f}", f"{median['fraction']:.0%}"]
+        for precision, median in result.items()
+    ]
+    return "## Behaviour cloning, batch 128\n\n" + table(["precision", "samples/s", "of its limit"], rows)
+
+
+def _against(opponent: str, comparison: Result) -> str:
+    rows = []
+    for task, measured in comparison.items():
+        for name in ("best", "single"):
+            pair = measured[name]
+            cells = [f"{pair[side]['steps_per_s']:,.0f} ({_way(pair[side])})" for side in ("ours", "theirs")]
+            rows.append([f"{task}, {_WORDS[name]}", *cells, f"{pair['ratio']:.2f}"])
+    title = OPPONENTS[opponent].title
+    return f"## Gaussian PPO against {title}\n\n" + table(["", "ours, steps/s", f"{title}, steps/s", "ratio"], rows)
+
+
+def _way(settings: Result) -> str:
+    threads = "" if settings["threads"] is None else f", {settings['threads']} thread"
+    return f"{settings['num_envs']} {settings['vector']}{threads}, {settings['memory_bytes'] / 2**20:,.0f} MiB"
+
+
+def _memory(sections: Result) -> str:
+    rows = [[name, f"{section['memory_bytes'] / 2**20:,.0f} MiB"] for name, section in sections.items()]
+    return "## Peak memory of a section's process\n\n" + table(["section", "peak"], rows)
+
+
+_WORDS = {
+    "total_s": "total",
+    "env_steps": "environment steps",
+    "env_steps_per_s": "environment steps/s",
+    "best": "each at its best",
+    "single": "one environment",
+}
+
+_TABLES: dict[str, Callable[[Result], str]] = {
+    "limits": _limits,
+    **{task: lambda result, task=task: _iteration(task, result) for task in TASKS},
+    "gaussian": _gaussian,
+    "cloning": _cloning,
+}
