@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dppo.data.demos import WindowDataset
+from dppo.data.demos import WindowDataset, Windows
 from dppo.output.metrics import Row
 from dppo.precision import Precision, computing_in
-from dppo.updates.optimizer import FlatAdamW
+from dppo.threads import rows_per_part
+from dppo.updates.gradient import MeanGradient
+from dppo.updates.optimizer import FlatAdamW, flatten
 from dppo.updates.schedule import schedule_factor
 from policies import Policy, UserError
 
@@ -66,13 +68,17 @@ class Cloner:
         self.train = train
         self.batch_size = min(config.batch_size, len(train))
         self.validation = None if validation is None else validation.to(self.device)
-        self.averages = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.optimizer = FlatAdamW(
             policy.parameters(),
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             what="policy",
         )
+        self.averaged = copy.deepcopy(policy)
+        """The policy with averaged weights."""
+        self.average = flatten(self.averaged.parameters())
+        """[P], the weights themselves."""
+        self._gradient = MeanGradient(self._loss, self.optimizer, threads=torch.get_num_threads())
         seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(3)]
         self.generator = torch.Generator(self.device).manual_seed(seeds[0])
         self.validation_seed = seeds[1]
@@ -80,13 +86,6 @@ class Cloner:
         """What is left of the current pass over the windows, in random order."""
         self.updates = 0
         self.wall_clock_s = 0.0
-
-    @property
-    def averaged(self) -> Policy:
-        """The policy with averaged weights."""
-        module = self.averages.module
-        assert isinstance(module, Policy)
-        return module
 
     def run(self, updates: int, on_update: Callable[[int], None] = lambda updates: None) -> Row:
         """Up to ``updates`` more gradient steps; a row of metrics about them.
@@ -126,12 +125,30 @@ class Cloner:
             fresh = torch.randperm(len(self.train), generator=self.generator, device=self.device)
             self.order = torch.cat([self.order, fresh])
         indices, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        with computing_in(self.config.precision, self.device):
-            loss = self.policy.imitation_loss(*self.train.batch(indices), generator=self.generator)
-        self.optimizer.step(self.optimizer.gradient(loss))
-        self.averages.update_parameters(self.policy)
+        parts = self._parts(indices)
+        gradient, losses = self._gradient(parts)
+        self.optimizer.step(gradient)
+        self.average.lerp_(self.optimizer.flat, 1.0 if self.updates == 0 else 1 - self.config.ema_decay)
         self.updates += 1
-        return loss.detach()
+        return torch.stack([loss * share for loss, (_, share) in zip(losses, parts, strict=True)]).sum()
+
+    def _parts(self, indices: Tensor) -> list[tuple[tuple[Windows, torch.Generator], float]]:
+        """The windows [B] in parts, each with random numbers of its own and its share of the rows."""
+        rows = rows_per_part(len(indices), len(self.optimizer.flat), self.device)
+        if rows == len(indices):
+            return [((self.train.batch(indices), self.generator), 1.0)]
+        parts = indices.split(rows)
+        seeds = torch.randint(2**62, (len(parts),), generator=self.generator).tolist()
+        return [
+            ((self.train.batch(part), torch.Generator().manual_seed(seed)), len(part) / len(indices))
+            for part, seed in zip(parts, seeds, strict=True)
+        ]
+
+    def _loss(self, part: tuple[Windows, torch.Generator]) -> tuple[Tensor, Tensor]:
+        windows, generator = part
+        with computing_in(self.config.precision, self.device):
+            loss = self.policy.imitation_loss(*windows, generator=generator)
+        return loss, loss.detach()
 
     @torch.no_grad()
     def _validation_loss(self) -> float | None:

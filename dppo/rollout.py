@@ -178,6 +178,8 @@ def collect_rollout(
         storage: memory of T steps, whose former content is overwritten; None: fresh memory.
     """
     storage = Storage.of(policy, steps, actor.env.num_envs) if storage is None else storage
+    if len(storage.obs) != steps:
+        raise ValueError(f"a rollout of {steps} steps does not fit a storage of {len(storage.obs)}")
     outcomes: list[Step] = []
     episodes: list[EpisodeResult] = []
     environment_s = 0.0

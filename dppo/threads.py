@@ -1,29 +1,42 @@
-"""How many CPU threads compute, and when."""
+"""How many CPU threads compute, and on what.
+
+Torch's own threads share every single product and wait for each other after it. That is a waste where the products are
+small, and a disaster on a machine that others use, too. So rows of a batch are dealt out to threads instead, each of
+which runs torch on one thread, and which meet once all is done.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from policies import Policy, Sample
 
-PRODUCTS_PER_PART = 100_000_000
-"""Multiplications below which a part of a batch is not worth a thread: Python lets only one of them in at a time."""
+PRODUCTS_PER_SAMPLE_PART = 100_000_000
+"""Multiplications below which a part of a batch to sample is not worth a thread: it takes many small steps, and Python
+lets only one thread in at a time."""
+PRODUCTS_PER_GRADIENT_PART = 30_000_000
+"""Multiplications of a forward pass below which a part of a minibatch is not worth a thread."""
+ROWS_PER_GRADIENT_PART = 2500
+"""Rows above which a part is cut further. What lies between its layers then stays in the processor's cache, and memory
+is not returned to the system and fetched again each time."""
+MOST_PARTS = 8
+"""Into which a minibatch of fewer rows is cut."""
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Run torch on one thread: for many small products, where handing out work costs more than it saves.
-
-    Above all on a machine that others use, too: there, threads that wait for each other at every product take several
-    times as long as one.
-    """
+    """Run torch on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -32,29 +45,50 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def map_in_threads(function: Callable[[Part], Result], parts: Sequence[Part], threads: int) -> list[Result]:
+    """The function's results in the order of the parts, so many of them at a time, torch on one thread in each."""
+    with single_thread():
+        if len(parts) == 1 or threads == 1:
+            return [function(part) for part in parts]
+        return list(_pool(threads).map(function, parts))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "dppo", initializer=torch.set_num_threads, initargs=(1,))
+
+
 def sample_in_parts(policy: Policy, obs: Tensor, noise: Tensor, *, deterministic: bool, threads: int) -> Sample:
-    """`Policy.sample` with the rows dealt out to threads, which meet once per batch instead of once per product.
+    """`Policy.sample`, the rows dealt out to threads where that pays.
 
     Args:
-        policy: whose chain is long enough, or whose network large enough, for it to pay; others are not dealt out.
+        policy: any.
         obs: [B, To, Do].
         noise: [B, ...], as of `Policy.draw_noise`, so that the random numbers do not depend on the number of threads.
         deterministic: as of `Policy.sample`.
         threads: at most so many parts.
     """
-    parts = min(threads, len(obs), len(obs) * policy.products_per_sample // PRODUCTS_PER_PART)
-    if parts < 2 or obs.device.type != "cpu":
-        return policy.sample(obs, deterministic=deterministic, noise=noise)
 
     @torch.inference_mode()
-    def sample(obs: Tensor, noise: Tensor) -> Sample:
+    def sample(part: tuple[Tensor, Tensor]) -> Sample:
+        obs, noise = part
         return policy.sample(obs, deterministic=deterministic, noise=noise)
 
-    with single_thread():
-        samples = list(_pool(threads).map(sample, obs.tensor_split(parts), noise.tensor_split(parts)))
+    count = min(threads, len(obs), len(obs) * policy.products_per_sample // PRODUCTS_PER_SAMPLE_PART)
+    if count < 2 or obs.device.type != "cpu":
+        return policy.sample(obs, deterministic=deterministic, noise=noise)
+    parts = list(zip(obs.tensor_split(count), noise.tensor_split(count), strict=True))
+    samples = map_in_threads(sample, parts, threads)
     return Sample(*(torch.cat([getattr(one, field.name) for one in samples]) for field in fields(Sample)))
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "sample", initializer=torch.set_num_threads, initargs=(1,))
+def rows_per_part(rows: int, products_per_row: int, device: torch.device) -> int:
+    """Into parts of how many rows a minibatch is cut to compute its gradient.
+
+    It does not depend on the number of threads, and so nor does what is learned.
+    """
+    if device.type != "cpu":
+        return rows
+    worth = rows * products_per_row // PRODUCTS_PER_GRADIENT_PART
+    count = max(-(-rows // ROWS_PER_GRADIENT_PART), min(worth, MOST_PARTS), 1)
+    return -(-rows // count)

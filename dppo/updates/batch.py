@@ -87,6 +87,9 @@ class Targets:
     values: Tensor
     """[B], its estimates before the update"""
 
+    def __len__(self) -> int:
+        return len(self.returns)
+
 
 Record = TypeVar("Record", Pairs, Targets)
 

@@ -31,11 +31,7 @@ class FlatAdamW:
     ) -> None:
         """Take over the parameters that require a gradient; ``what`` names their network in errors."""
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        flat = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
-        parts = flat.split([parameter.numel() for parameter in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.data = part.view_as(parameter)
-        self.flat = nn.Parameter(flat, requires_grad=False)
+        self.flat = flatten(self.parameters)
         self.max_grad_norm = max_grad_norm
         self.what = what
         self.adamw = torch.optim.AdamW([self.flat], lr=learning_rate, weight_decay=weight_decay, fused=True)
@@ -49,10 +45,10 @@ class FlatAdamW:
     def learning_rate(self, value: float) -> None:
         self.adamw.param_groups[0]["lr"] = value
 
-    def gradient(self, loss: Tensor) -> Tensor:
-        """[P]: the gradient of a scalar by all parameters, zero for those that it does not depend on."""
+    def gradient(self, loss: Tensor, out: Tensor | None = None) -> Tensor:
+        """The gradient [P] of a scalar by all parameters, zero for those it does not depend on; in ``out`` if given."""
         gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        return torch.cat([gradient.flatten() for gradient in gradients])
+        return torch.cat([gradient.flatten() for gradient in gradients], out=out)
 
     def step(self, gradient: Tensor, loss: Tensor | None = None) -> None:
         """One step down a gradient [P], shortened to the largest norm allowed.
@@ -83,3 +79,12 @@ class FlatAdamW:
     def state_dict(self) -> dict[str, Any]:
         """The moments [P] and settings of AdamW."""
         return self.adamw.state_dict()
+
+
+def flatten(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """[P]: the parameters end to end; they become views of it."""
+    parameters = list(parameters)
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    return flat

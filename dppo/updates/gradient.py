@@ -1,0 +1,99 @@
+"""The gradient of a mean loss, computed in parts by several threads, and compiled if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from dppo.threads import map_in_threads
+from dppo.updates.optimizer import FlatAdamW
+
+Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
+Loss = Callable[[Inputs], tuple[Tensor, Result]]
+"""From a part of a minibatch to its mean loss (scalar), and whatever else is to be known of it, without a graph."""
+
+
+class MeanGradient(Generic[Inputs, Result]):
+    """Of a loss by all parameters of an optimiser; a minibatch's is the mean of its parts', weighted by their rows."""
+
+    def __init__(
+        self, loss: Loss[Inputs, Result], optimizer: FlatAdamW, *, threads: int, compiled: nn.Module | None = None
+    ) -> None:
+        """``compiled`` is the module with the optimiser's parameters, if the gradient is to be compiled."""
+        self._optimizer = optimizer
+        self._threads = threads
+        self._buffers: list[Tensor] = []  # allocated once: the system takes long to hand out fresh memory
+        self._compute = _eager(loss, optimizer) if compiled is None else _compiled(loss, optimizer, compiled)
+
+    def __call__(self, parts: Sequence[tuple[Inputs, float]]) -> tuple[Tensor, list[Result]]:
+        """The gradient [P], valid until the next call, and the results of the parts.
+
+        Args:
+            parts: what the loss takes, and the part's share of the minibatch's rows.
+        """
+        while len(self._buffers) < len(parts):
+            self._buffers.append(torch.empty_like(self._optimizer.flat))
+
+        def compute(part: tuple[tuple[Inputs, float], Tensor]) -> Result:
+            (inputs, _), buffer = part
+            return self._compute(inputs, buffer)
+
+        gradients = self._buffers[: len(parts)]
+        results = map_in_threads(compute, list(zip(parts, gradients, strict=True)), self._threads)
+        total = gradients[0].mul_(parts[0][1])
+        for gradient, (_, share) in zip(gradients[1:], parts[1:], strict=True):  # always in the same order
+            total.add_(gradient, alpha=share)
+        return total, results
+
+
+Compute = Callable[[Any, Tensor], Any]
+"""From inputs, and memory [P] for the gradient, to the result."""
+
+
+def _eager(loss: Loss[Any, Any], optimizer: FlatAdamW) -> Compute:
+    def compute(inputs: Any, gradient: Tensor) -> Any:
+        value, result = loss(inputs)
+        optimizer.gradient(value, gradient)
+        return result
+
+    return compute
+
+
+def _compiled(loss: Loss[Any, Any], optimizer: FlatAdamW, module: nn.Module) -> Compute:
+    """The whole gradient as one function of the parameters, without a graph of autograd at run time."""
+    holder = _Holder(module, loss)
+    parameters = {name: value for name, value in holder.named_parameters() if value.requires_grad}
+
+    def value_of(parameters: dict[str, Tensor], inputs: Any) -> tuple[Tensor, Any]:
+        return functional_call(holder, parameters, (inputs,))
+
+    @torch.compile(dynamic=True)
+    def gradient_of(parameters: dict[str, Tensor], inputs: Any) -> tuple[Tensor, Any]:
+        gradients, (_, result) = grad_and_value(value_of, has_aux=True)(parameters, inputs)
+        return torch.cat([gradients[name].flatten() for name in parameters]), result
+
+    values = {name: value.detach() for name, value in parameters.items()}  # views: they follow every step
+
+    def compute(inputs: Any, gradient: Tensor) -> Any:
+        computed, result = gradient_of(values, inputs)
+        gradient.copy_(computed)
+        return result
+
+    return compute
+
+
+class _Holder(nn.Module):
+    """Makes a module's parameters those of a call of the loss."""
+
+    def __init__(self, module: nn.Module, loss: Loss[Any, Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.loss = loss
+
+    def forward(self, inputs: Any) -> tuple[Tensor, Any]:
+        return self.loss(inputs)
