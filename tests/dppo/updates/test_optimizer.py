@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dppo.updates.optimizer import FlatAdamW
-from policies import UserError
+from policies import Policy, UserError
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -33,12 +34,13 @@ def loss_of(module: nn.Module, seed: int, scale: float = 1.0) -> Tensor:
 
 def assert_views(optimizer: FlatAdamW, module: nn.Module) -> None:
     """The module's trained parameters lie end to end in the optimiser's tensor, and a change of it is theirs."""
+    before = optimizer.flat.clone()
     optimizer.flat.data.add_(0.25)
     trained = [parameter.detach().flatten() for parameter in module.parameters() if parameter.requires_grad]
     assert torch.equal(torch.cat(trained), optimizer.flat)
     storages = {parameter.untyped_storage().data_ptr() for parameter in trained}
     assert storages == {optimizer.flat.untyped_storage().data_ptr()}
-    optimizer.flat.data.sub_(0.25)
+    optimizer.flat.data.copy_(before)
 
 
 # --- the step
@@ -181,3 +183,35 @@ def test_a_copy_can_be_taken_over_by_an_optimiser_of_its_own():
     optimizer.step(optimizer.gradient(loss_of(twin, 0)))
     assert_views(optimizer, twin)
     assert all(torch.equal(value, before[name]) for name, value in content(module).items())
+
+
+# --- policies on disk
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "diffusion"])
+def test_a_policy_is_saved_and_loaded_after_a_step_as_it_is_then(small_policy, tmp_path, kind):
+    policy = small_policy(kind)
+    optimizer = flat(policy.parameters())
+    before = content(policy)
+    optimizer.step(torch.ones_like(optimizer.flat))
+    policy.save_pretrained(tmp_path)
+    assert_views(optimizer, policy)
+    saved, loaded = content(policy), content(Policy.from_pretrained(tmp_path))
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.items())
+    trained = {name for name in before if not torch.equal(before[name], loaded[name])}
+    assert trained == {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {name: value.shape for name, value in stored.items()} == {name: value.shape for name, value in saved.items()}
+    size = sum(value.nbytes for value in saved.values())
+    assert (tmp_path / "model.safetensors").stat().st_size < size + 200 * len(saved), "each weight once"
+
+
+def test_an_adjusted_policy_learns_nothing_of_the_one_it_was_made_of(small_policy):
+    policy = small_policy("diffusion")
+    optimizer = flat(policy.parameters())
+    adjusted = policy.adjusted(executed=1)
+    before = content(adjusted)
+    optimizer.step(torch.ones_like(optimizer.flat))
+    assert all(torch.equal(value, before[name]) for name, value in content(adjusted).items())
+    assert_views(optimizer, policy)
