@@ -25,7 +25,8 @@ def three_threads() -> Iterator[None]:
 
 @pytest.fixture
 def splitting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even a small policy is worth a thread for every row."""
+    """Even a small policy is worth a thread for every row, and the threads are new."""
+    threads_module._pool.cache_clear()
     monkeypatch.setattr(threads_module, "PRODUCTS_PER_PART", 1)
 
 

@@ -204,6 +204,17 @@ def test_the_target_kl_stops_the_actor_but_not_the_critic(make_trainer):
     assert len(spy.results) > len(kls), "the next update begins anew"
 
 
+def test_metrics_are_over_all_pairs_seen_also_where_the_target_kl_cut_an_epoch_short(make_trainer):
+    trainer = make_trainer("diffusion", epochs=5, batch_size=10, target_kl=0.02, learning_rate=0.002)
+    spy = Spy(trainer.update_rule)
+    metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+    assert len(spy.results) > 10, "more than an epoch"
+    assert len(spy.results) % 10 != 0, "and part of another"
+    whole = PolicyLoss.joined([result.detached() for result in spy.results]).metrics().tolist()
+    assert [metrics[name] for name in ("policy_loss", "approx_kl", "clip_fraction")] == pytest.approx(whole, rel=1e-4)
+    assert all(value != 0 for value in whole)
+
+
 def test_without_a_target_kl_nothing_stops_the_actor(make_trainer):
     trainer = make_trainer("gaussian", epochs=5, batch_size=16, learning_rate=0.05)
     metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
