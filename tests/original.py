@@ -23,6 +23,8 @@ class Figures:
         with np.load(DATA / f"{name}.npz") as file:
             self.config: dict[str, Any] = json.loads(str(file["config"]))
             self.arrays = {key: torch.from_numpy(file[key]) for key in file.files if key != "config"}
+        for key in self.arrays.keys() & {"noise", "noise_deterministic"}:
+            self.arrays[key] = self.arrays[key].transpose(0, 1)  # to [B, 1+K, Ta, Da]
 
     def __getitem__(self, key: str) -> Tensor:
         return self.arrays[key]

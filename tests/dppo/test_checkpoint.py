@@ -36,11 +36,12 @@ def test_a_checkpoint_holds_the_critic_the_optimisers_and_the_generators(small_p
     assert torch.equal(tensors["actor_generator"], trainer.actor.generator.get_state())
     assert torch.equal(tensors["update_rule/generator"], trainer.update_rule.generator.get_state())
     assert torch.equal(tensors["reward_scaler/discounted"], trainer.reward_scaler.discounted)
-    moments = trainer.update_rule.actor_optimizer.state_dict()["state"]
-    assert len(moments) == len(trainer.update_rule.actor_parameters)
-    for index, moment in moments.items():
-        assert torch.equal(tensors[f"update_rule/actor_optimizer/state/{index}/exp_avg"], moment["exp_avg"])
-    assert any(name.startswith("update_rule/critic_optimizer/state/") for name in tensors)
+    for name, module in (("actor", policy), ("critic", trainer.critic)):
+        (moments,) = getattr(trainer.update_rule, f"{name}_optimizer").state_dict()["state"].values()
+        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert moments[moment].shape == (trained,)
+            assert torch.equal(tensors[f"update_rule/{name}_optimizer/state/0/{moment}"], moments[moment])
     assert (plain["iteration"], plain["env_steps"]) == (1, trainer.env_steps)
     assert plain["update_rule"]["actor_optimizer"]["param_groups"][0]["lr"] == pytest.approx(3e-4)
     assert plain["critic"]["network.input.weight"] == {"tensor": "critic/network.input.weight"}

@@ -64,12 +64,26 @@ class Spy:
 # --- what is learned
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["diffusion", "gaussian"])
-def test_the_loss_falls_on_demonstrations_and_on_unseen_episodes(make_cloner, kind):
-    cloner = make_cloner(kind, windows((60, 60, 60)), updates=300, batch_size=32)
+def test_the_loss_falls_on_demonstrations_and_on_unseen_episodes(make_cloner, kind, precision):
+    cloner = make_cloner(kind, windows((60, 60, 60)), updates=300, batch_size=32, precision=precision)
     first, *_, last = [cloner.run(50) for _ in range(6)]
     assert last["train_loss"] < first["train_loss"] - 0.2
     assert last["validation_loss"] < first["validation_loss"] - 0.05
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "gaussian"])
+def test_in_bfloat16_only_the_products_are_coarser(make_cloner, kind):
+    exact, coarse = (make_cloner(kind, precision=precision) for precision in ("float32", "bfloat16"))
+    assert exact._validation_loss() == coarse._validation_loss(), "which is measured in full precision"
+    losses = [cloner.run(1)["train_loss"] for cloner in (exact, coarse)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    coarse.run(4)
+    optimizer = coarse.optimizer.state_dict()["state"][0]
+    tensors = [*coarse.policy.parameters(), *coarse.averaged.parameters(), optimizer["exp_avg"], coarse.optimizer.flat]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
 def test_the_averaged_weights_are_the_exponential_moving_average_of_the_weights_after_each_update(make_cloner):

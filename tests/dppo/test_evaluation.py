@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,12 +142,13 @@ class FailsOnSecondCall(torch.nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy, self.calls, self.config = policy, 0, policy.config
+        self.draw_noise, self.products_per_sample = policy.draw_noise, policy.products_per_sample
 
-    def sample(self, obs: Tensor, **kwargs: object) -> object:
+    def sample(self, obs: Tensor, **kwargs: Any) -> object:
         self.calls += 1
         if self.calls == 2:
             raise RuntimeError("out of order")
-        return self.policy.sample(obs)
+        return self.policy.sample(obs, **kwargs)
 
 
 def test_environments_are_closed_after_an_error(small_policy, counting_task, monkeypatch):

@@ -1,6 +1,7 @@
 """PPO learns: CartPole from scratch, and a diffusion policy beyond the poor demonstrations that it was cloned from."""
 
 import numpy as np
+import pytest
 import torch
 
 from dppo.building import build_task, build_update_rule, scratch_policy
@@ -45,10 +46,11 @@ def cloned(seed: int) -> Policy:
     return cloner.averaged
 
 
-def test_ppo_improves_a_diffusion_policy_that_was_cloned_from_poor_demonstrations():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_ppo_improves_a_diffusion_policy_that_was_cloned_from_poor_demonstrations(precision):
     task = Task("point", "Point-v0")
     policy = cloned(seed=0).adjusted(finetuned_steps=3)
-    algo = PPOConfig(gamma=0.0, gae_lambda=0.0, epochs=5, batch_size=600, learning_rate=1e-3)
+    algo = PPOConfig(gamma=0.0, gae_lambda=0.0, epochs=5, batch_size=600, learning_rate=1e-3, precision=precision)
     size = TrainerConfig(env_steps=9_000, num_envs=20, rollout_steps=30)
     trainer = Trainer(policy, task, size, algo, {"type": "mlp", "hidden_dims": [32]})
     episodes = EvaluationConfig(episodes=100, num_envs=50)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,10 @@ from dppo import trainer as trainer_module
 from dppo.advantages import gae
 from dppo.envs.stepper import Step, Stepper
 from dppo.envs.vector import make_vector_env
-from dppo.rollout import Actor, EpisodeResult, EpisodeTracker, Rollout, collect_rollout
+from dppo.rollout import Actor, EpisodeResult, EpisodeTracker, Rollout, Storage, collect_rollout
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
+from dppo.updates.batch import Batch
 from dppo.updates.ppo import PPOConfig
 from policies import Policy
 
@@ -93,6 +95,65 @@ def test_a_rollout_goes_on_where_the_one_before_stopped(small_policy, actor_of):
     assert torch.equal(torch.cat([first.obs, second.obs]), whole.obs)
     assert torch.equal(first.last_obs, second.obs[0])
     assert torch.equal(torch.cat([first.chain, second.chain]), whole.chain)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "diffusion"])
+def test_a_rollout_through_used_storage_is_the_one_through_fresh_memory_and_lies_where_the_one_before_lay(
+    small_policy, actor_of, kind
+):
+    policy = small_policy(kind)
+    storage = Storage.of(policy, 5, NUM_ENVS)
+    reusing, fresh = actor_of(policy), actor_of(policy)
+    for _ in range(3):
+        ours = collect_rollout(reusing, policy, 5, storage=storage)
+        expected = collect_rollout(fresh, policy, 5)
+        for name in ("obs", "chain", "log_prob_factors"):
+            assert getattr(ours, name).data_ptr() == getattr(storage, name).data_ptr() != 0, name
+            assert getattr(expected, name).data_ptr() != getattr(storage, name).data_ptr(), name
+        for field in fields(Rollout):
+            if field.name != "environment_s":
+                found, wanted = getattr(ours, field.name), getattr(expected, field.name)
+                assert torch.equal(found, wanted) if isinstance(wanted, Tensor) else found == wanted, field.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "chain", "factors"),
+    [("gaussian", (2, 3, 2), (1, 3, 2)), ("categorical", (2,), (1,)), ("diffusion", (4, 3, 2), (3, 3, 2))],
+)
+def test_storage_has_the_shapes_and_the_size_of_what_a_policy_samples(small_policy, kind, chain, factors):
+    torch.manual_seed(0)
+    policy = small_policy(kind)
+    before = torch.get_rng_state()
+    storage = Storage.of(policy, 7, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    history = policy.config.history
+    assert [tuple(tensor.shape) for tensor in vars(storage).values()] == [
+        (7, 5, history, 2),
+        (7, 5, *chain),
+        (7, 5, *factors),
+    ]
+    integer = kind == "categorical"
+    assert storage.chain.dtype == (torch.int64 if integer else torch.float32)
+    numbers = history * 2 + (2 if integer else 1) * np.prod(chain) + np.prod(factors)
+    assert storage.nbytes == 7 * 5 * 4 * numbers
+
+
+def test_training_goes_on_in_the_same_memory_and_learns_from_it_without_a_copy(small_policy, point_task):
+    trainer = Trainer(
+        small_policy("diffusion"), point_task, TrainerConfig(1000, 3, 4), PPOConfig(epochs=1), {"type": "mlp"}
+    )
+    seen: list[dict[str, int]] = []
+    update = trainer.update_rule.update
+
+    def spied(batch: Batch, **kwargs: Any) -> Any:
+        seen.append({name: getattr(batch, name).data_ptr() for name in vars(trainer.storage)})
+        return update(batch, **kwargs)
+
+    trainer.update_rule.update = spied  # type: ignore[method-assign]
+    for _ in range(3):
+        trainer.iterate()
+    trainer.close()
+    assert seen == [{name: tensor.data_ptr() for name, tensor in vars(trainer.storage).items()}] * 3
 
 
 def test_environment_steps_are_those_that_were_executed(small_policy, actor_of):

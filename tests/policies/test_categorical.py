@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from policies import CategoricalPolicy
 from policies.categorical import CategoricalConfig
@@ -38,6 +39,27 @@ def test_actions_come_as_often_as_their_probability_says_and_the_best_one_when_d
     shares = torch.bincount(action, minlength=3) / len(action)
     torch.testing.assert_close(shares, torch.tensor([0.2, 0.7, 0.1]), rtol=0, atol=0.02)
     assert (policy.sample(obs, deterministic=True).action == 1).all()
+
+
+def test_frequencies_pass_a_chi_square_test_down_to_rare_actions_and_rows_are_independent() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.009, 0.001])
+    policy = categorical(6)
+    with torch.no_grad():
+        policy.network.output.weight.zero_()
+        policy.network.output.bias.copy_(probabilities.log() + 3)  # logits need not be normalised
+    draws = 20_000
+    noise = policy.draw_noise(draws, torch.Generator().manual_seed(0))
+    action = policy.sample(torch.zeros(draws, 1, 2), noise=noise).action
+
+    def chi_square(counts: Tensor, shares: Tensor) -> float:
+        expected = shares * counts.sum()
+        return float(((counts - expected).square() / expected).sum())
+
+    assert chi_square(torch.bincount(action, minlength=6), probabilities) < 20.5  # 0.1 % of 5 degrees of freedom
+    common = probabilities[:3] / probabilities[:3].sum()
+    pairs = action.view(-1, 2)[(action.view(-1, 2) < 3).all(1)]
+    together = torch.bincount(3 * pairs[:, 0] + pairs[:, 1], minlength=9)
+    assert chi_square(together, torch.outer(common, common).flatten()) < 26.1  # 0.1 % of 8
 
 
 def test_imitation_is_the_cross_entropy_of_the_demonstrated_actions() -> None:

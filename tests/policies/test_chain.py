@@ -229,11 +229,11 @@ def added_std(policy: DiffusionPolicy, deterministic: bool = False) -> Tensor:
     """[K]: how far a standard normal draw of one moves the latent, by timestep."""
     assert policy.frozen is None
     obs, still = observations(policy), noise_for(policy)
-    still[1:] = 0
+    still[:, 1:] = 0
     stds = []
     for step in range(STEPS):
         moved = still.clone()
-        moved[1 + step] = 1
+        moved[:, 1 + step] = 1
         chains = [policy.sample(obs, noise=noise, deterministic=deterministic).chain for noise in (moved, still)]
         assert torch.equal(chains[0][:, : step + 1], chains[1][:, : step + 1])
         stds.append((chains[0] - chains[1])[:, step + 1].mean())
@@ -265,9 +265,9 @@ def test_evaluation_adds_no_less_than_its_floor_before_the_last_step() -> None:
 def test_added_noise_is_clipped_and_the_start_is_not() -> None:
     policy = diffusion(noise_clip=1.5, x0_clip=None)
     obs, noise = observations(policy), 3 * noise_for(policy)
-    clipped = torch.cat([noise[:1], noise[1:].clamp(-1.5, 1.5)])
+    clipped = torch.cat([noise[:, :1], noise[:, 1:].clamp(-1.5, 1.5)], dim=1)
     assert torch.equal(policy.sample(obs, noise=noise).chain, policy.sample(obs, noise=clipped).chain)
-    assert torch.equal(policy.sample(obs, noise=noise).chain[:, 0], noise[0])
+    assert torch.equal(policy.sample(obs, noise=noise).chain[:, 0], noise[:, 0])
     unclipped = policy.adjusted(noise_clip=None).sample(obs, noise=noise).chain
     assert not torch.equal(unclipped, policy.sample(obs, noise=noise).chain)
 

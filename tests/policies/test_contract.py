@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,45 @@ def test_the_generator_is_the_only_source_of_randomness(policy: Policy) -> None:
     torch.manual_seed(99)
     assert_same_sample(policy.sample(obs, generator=seeded(5)), first)
     assert not torch.equal(policy.sample(obs, generator=seeded(6)).chain, first.chain)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_noise_drawn_beforehand_gives_what_its_generator_gives(policy: Policy, deterministic: bool) -> None:
+    obs = observations(policy)
+    before = torch.get_rng_state()
+    noise = policy.draw_noise(BATCH, seeded(5))
+    ours = policy.sample(obs, deterministic=deterministic, noise=noise)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert noise.shape[0] == BATCH
+    assert_same_sample(ours, policy.sample(obs, deterministic=deterministic, generator=seeded(5)))
+    other = policy.sample(obs, noise=policy.draw_noise(BATCH, seeded(6)))
+    assert not torch.equal(other.chain, policy.sample(obs, noise=noise).chain)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_sampled_apart_with_their_own_noise_are_those_sampled_together(
+    policy: Policy, deterministic: bool
+) -> None:
+    obs, noise = observations(policy), policy.draw_noise(BATCH, seeded(5))
+    together = policy.sample(obs, deterministic=deterministic, noise=noise)
+    bounds = [0, 1, 6, BATCH]
+    parts = [
+        policy.sample(obs[first:last], deterministic=deterministic, noise=noise[first:last])
+        for first, last in itertools.pairwise(bounds)
+    ]
+    for field in dataclasses.fields(Sample):
+        apart = torch.cat([getattr(part, field.name) for part in parts])
+        torch.testing.assert_close(apart, getattr(together, field.name), rtol=1e-5, atol=1e-5, msg=field.name)
+
+
+def test_the_noise_of_a_row_belongs_to_it_alone(policy: Policy) -> None:
+    obs, noise = observations(policy), policy.draw_noise(BATCH, seeded(5))
+    moved = noise.clone()
+    moved[3] = policy.draw_noise(BATCH, seeded(6))[3]
+    ours, theirs = policy.sample(obs, noise=moved), policy.sample(obs, noise=noise)
+    others = torch.arange(BATCH) != 3
+    torch.testing.assert_close(ours.chain[others], theirs.chain[others])
+    assert policy.discrete or not torch.equal(ours.chain[3], theirs.chain[3])
 
 
 def test_the_imitation_loss_is_repeated_by_the_same_generator(policy: Policy) -> None:

@@ -12,7 +12,8 @@ from dppo.checkpoint import load_policy, save_checkpoint
 from dppo.commands import finetune
 from dppo.output.metrics import read_metrics
 from dppo.task import Task
-from dppo.trainer import Trainer
+from dppo.trainer import Trainer, TrainerConfig
+from dppo.updates.ppo import PPOConfig
 from policies import Policy
 
 SCRATCH = ("checkpoint=scratch", "policy=gaussian", "network.hidden_dims=[8]")
@@ -89,6 +90,27 @@ def test_a_finetuned_run_can_be_finetuned_further(tune):
     ]
     names = [name for name in frozen[0] if name.startswith("frozen.")]
     assert names and all(torch.equal(frozen[0][name], frozen[1][name]) for name in names)
+
+
+def test_a_run_in_bfloat16_goes_another_way_from_the_same_beginning(tune):
+    exact, coarse = (
+        tune(precision, *DIFFUSION, f"algo.precision={precision}") for precision in ("float32", "bfloat16")
+    )
+    assert exact[1]["before"] == coarse[1]["before"], "acting is in full precision"
+    files = [load_file(last_checkpoint(run) / "policy" / "model.safetensors") for run, _ in (exact, coarse)]
+    assert {value.dtype for name, value in files[1].items() if name.startswith("network.")} == {torch.float32}
+    assert any(not torch.equal(value, files[0][name]) for name, value in files[1].items())
+
+
+def test_the_plan_tells_how_much_memory_an_iteration_is_kept_in(small_policy, point_task):
+    policy = small_policy("diffusion")  # chunks of 3 x 2, of which 2 are executed; histories of 2 x 2; 3 inner steps
+    size = TrainerConfig(num_envs=100, rollout_steps=400)
+    trainer = Trainer(policy, point_task, size, PPOConfig(), {"type": "mlp"})
+    trainer.close()
+    plan = finetune._plan({"checkpoint": "here"}, trainer, torch.device("cpu"))
+    numbers = 100 * 400 * (2 * 2 + 4 * 3 * 2 + 3 * 3 * 2)
+    assert trainer.storage.nbytes == 4 * numbers
+    assert f"iterations of 80,000 (kept in {4 * numbers / 2**20:.1f} MiB)" in plan
 
 
 def test_a_pretrained_policy_is_finetuned_on_the_task_it_was_trained_for(tune, small_policy, tmp_path):
@@ -200,6 +222,10 @@ def test_a_run_is_overwritten_only_if_that_is_asked_for(tune):
         ([*SCRATCH, "critic.type=cnn"], "cannot use the network type 'cnn'"),
         ([*SCRATCH, "logger.type=csv"], "unknown logger.type 'csv'"),
         ([*SCRATCH, "policy.std=big"], "std: "),
+        (
+            [*SCRATCH, "algo.precision=float16"],
+            "algo, precision: Input should be 'float32' or 'bfloat16' (it is 'float16')",
+        ),
         ([*SCRATCH, "network.hidden_dims=[8,8]", "network.residual=true"], "a residual MLP needs an odd number"),
     ],
 )

@@ -1,19 +1,48 @@
+from dataclasses import fields
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from dppo.updates.batch import Batch, minibatches
+from dppo.updates import batch as batch_module
+from dppo.updates.batch import Batch, Targets, minibatches, split
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def numbered(indices: Tensor) -> Targets:
+    """A record of which nothing but the indices can be told."""
+    return Targets(obs=indices, returns=indices, values=indices)
+
+
+def partition(size: int, count: int, generator: torch.Generator) -> list[Tensor]:
+    return [part.obs for part in minibatches(numbered, size, count, generator)]
+
+
+def numbered_batch(rows: int = 7, steps: int = 3) -> Batch:
+    """Each entry says where it stands: 100 times its row, plus its place along the chain."""
+    row = 100.0 * torch.arange(rows)
+    return Batch(
+        obs=row[:, None, None].expand(rows, 1, 2),
+        chain=(row[:, None] + torch.arange(steps + 1))[..., None].expand(rows, steps + 1, 5),
+        log_prob_factors=(row[:, None] + torch.arange(steps))[..., None].expand(rows, steps, 5),
+        advantages=row + 1,
+        returns=row + 2,
+        values=row + 3,
+    )
+
+
 @settings(deadline=None)
-@given(size=st.integers(1, 60), count=st.integers(1, 60), seed=st.integers(0, 5))
-def test_minibatches_hold_every_index_once_and_are_of_nearly_equal_length(size, count, seed):
+@given(size=st.integers(1, 60), count=st.integers(1, 60), seed=st.integers(0, 5), gathered=st.integers(1, 70))
+def test_minibatches_hold_every_index_once_and_are_of_nearly_equal_length(size, count, seed, gathered):
     count = min(count, size)
-    parts = list(minibatches(size, count, generator(seed)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_module, "GATHERED", gathered)
+        parts = partition(size, count, generator(seed))
     assert len(parts) == count
     assert sorted(torch.cat(parts).tolist()) == list(range(size))
     lengths = [len(part) for part in parts]
@@ -21,11 +50,11 @@ def test_minibatches_hold_every_index_once_and_are_of_nearly_equal_length(size, 
 
 
 def test_one_index_too_many_does_not_make_a_minibatch_of_one():
-    assert [len(part) for part in minibatches(3 * 8 + 1, 4, generator())] == [7, 6, 6, 6]
+    assert [len(part) for part in partition(3 * 8 + 1, 4, generator())] == [7, 6, 6, 6]
 
 
 def test_minibatches_are_in_random_order_which_the_generator_decides():
-    first, again, other = (torch.cat(list(minibatches(50, 5, generator(seed)))) for seed in (0, 0, 1))
+    first, again, other = (torch.cat(partition(50, 5, generator(seed))) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first, torch.arange(50))
@@ -33,17 +62,60 @@ def test_minibatches_are_in_random_order_which_the_generator_decides():
 
 def test_a_generator_gives_another_partition_each_time():
     one = generator()
-    assert not torch.equal(*(torch.cat(list(minibatches(50, 5, one))) for _ in range(2)))
+    assert not torch.equal(*(torch.cat(partition(50, 5, one)) for _ in range(2)))
+
+
+@pytest.mark.parametrize("gathered", [1, 6, 13, 25, 10_000])
+def test_how_many_rows_are_gathered_at_once_does_not_change_the_minibatches(monkeypatch, gathered):
+    expected = partition(25, 4, generator())
+    monkeypatch.setattr(batch_module, "GATHERED", gathered)
+    asked = []
+    found = list(minibatches(lambda indices: asked.append(len(indices)) or numbered(indices), 25, 4, generator()))
+    assert [part.returns.tolist() for part in found] == [part.tolist() for part in expected]
+    assert sum(asked) == 25
+    assert max(asked) <= max(gathered, 7), "what is gathered at once is bounded, but holds a whole minibatch"
+
+
+def test_large_minibatches_are_gathered_only_when_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr(batch_module, "GATHERED", 5)
+    asked = []
+    parts = minibatches(lambda indices: asked.append(len(indices)) or numbered(indices), 20, 4, generator())
+    next(parts)
+    assert asked == [5]
 
 
 def test_a_batch_knows_its_rows_and_inner_steps():
-    row = torch.zeros(7)
-    batch = Batch(
-        obs=torch.zeros(7, 1, 2),
-        chain=torch.zeros(7, 4, 5),
-        log_prob_factors=torch.zeros(7, 3, 5),
-        advantages=row,
-        returns=row,
-        values=row,
-    )
+    batch = numbered_batch(rows=7, steps=3)
     assert (len(batch), batch.num_steps) == (7, 3)
+
+
+def test_a_pair_is_an_inner_step_of_a_row_with_the_latents_on_both_sides_of_it():
+    batch = numbered_batch(rows=7, steps=3)
+    pairs = batch.pairs(torch.tensor([0, 20, 7, 7]))
+    rows, steps = torch.tensor([0, 6, 2, 2]), torch.tensor([0, 2, 1, 1])
+    assert len(pairs) == 4
+    assert torch.equal(pairs.step, steps)
+    assert torch.equal(pairs.obs, batch.obs[rows])
+    assert pairs.latent[:, 0].tolist() == [0, 602, 201, 201]
+    assert pairs.following[:, 0].tolist() == [1, 603, 202, 202]
+    assert pairs.log_prob_factors[:, 0].tolist() == [0, 602, 201, 201]
+    assert pairs.advantages.tolist() == [1, 601, 201, 201]
+
+
+def test_what_the_critic_learns_from_belongs_to_the_same_row():
+    targets = numbered_batch().targets(torch.tensor([4, 0]))
+    assert targets.obs[:, 0, 0].tolist() == [400, 0]
+    assert targets.returns.tolist() == [402, 2]
+    assert targets.values.tolist() == [403, 3]
+
+
+@pytest.mark.parametrize(("sizes", "lengths"), [(8, [8, 8, 5]), ([1, 20], [1, 20]), (21, [21]), (50, [21])])
+def test_parts_of_a_record_are_consecutive_and_views(sizes, lengths):
+    pairs = numbered_batch(rows=7, steps=3).pairs(torch.arange(21))
+    parts = list(split(pairs, sizes))
+    assert [len(part) for part in parts] == lengths
+    for field in fields(pairs):
+        columns = [getattr(part, field.name) for part in parts]
+        whole = getattr(pairs, field.name)
+        assert torch.equal(torch.cat(columns), whole), field.name
+        assert {column.untyped_storage().data_ptr() for column in columns} == {whole.untyped_storage().data_ptr()}

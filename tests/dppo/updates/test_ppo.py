@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from dppo.advantages import inner_discount
 from dppo.critic import Critic
 from dppo.rollout import collect_rollout
+from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.batch import Batch
-from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig, apply_gradients
+from dppo.updates.batch import Batch, Pairs, Targets
+from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig
 from policies import Policy, UserError
 
 CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
@@ -36,36 +38,47 @@ def rollout_batch(trainer: Trainer) -> Batch:
     return trainer._batch(rollout, *trainer._values(rollout))
 
 
-def all_pairs(batch: Batch) -> tuple[Tensor, Tensor]:
-    pairs = torch.arange(len(batch) * batch.num_steps)
-    return pairs // batch.num_steps, pairs % batch.num_steps
+def numbered(batch: Batch) -> Batch:
+    """The batch with the number of each row as its advantage and return, so that `Spy` can tell the rows."""
+    rows = torch.arange(len(batch)).float()
+    return dataclasses.replace(batch, advantages=rows, returns=rows)
+
+
+def all_pairs(batch: Batch) -> Pairs:
+    return batch.pairs(torch.arange(len(batch) * batch.num_steps))
+
+
+def pairs_at(batch: Batch, rows: Tensor, step: int = 0) -> Pairs:
+    return batch.pairs(rows * batch.num_steps + step)
 
 
 class Spy:
-    """Keeps what an update rule's losses were asked for, and what they answered."""
+    """Keeps what an update rule's losses were asked for of a `numbered` batch, and what they answered."""
 
     def __init__(self, ppo: PPO) -> None:
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.rows: list[Tensor] = []
+        self.pairs: list[list[tuple[int, int]]] = []
+        self.rows: list[list[int]] = []
         self.results: list[PolicyLoss] = []
         policy_loss, value_loss = ppo.policy_loss, ppo.value_loss
 
-        def spied_policy_loss(
-            batch: Batch, rows: Tensor, steps: Tensor, advantages: Tensor | None = None
-        ) -> PolicyLoss:
-            self.pairs.append((rows, steps))
-            self.results.append(policy_loss(batch, rows, steps, advantages))
+        def spied_policy_loss(pairs: Pairs, advantages: Tensor | None = None) -> PolicyLoss:
+            self.pairs.append(list(zip(pairs.advantages.tolist(), pairs.step.tolist(), strict=True)))
+            self.results.append(policy_loss(pairs, advantages))
             return self.results[-1]
 
-        def spied_value_loss(batch: Batch, rows: Tensor) -> Tensor:
-            self.rows.append(rows)
-            return value_loss(batch, rows)
+        def spied_value_loss(targets: Targets) -> Tensor:
+            self.rows.append(targets.returns.tolist())
+            return value_loss(targets)
 
         ppo.policy_loss, ppo.value_loss = spied_policy_loss, spied_value_loss
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def clip_fraction(result: PolicyLoss) -> float:
+    return result.detached().metrics()[2].item()
 
 
 def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
@@ -86,7 +99,7 @@ def test_the_first_minibatch_of_every_rollout_has_ratio_one_everywhere(make_trai
         trainer.iterate()
         first, last = spy.results[seen], spy.results[-1]
         assert first.log_ratios.abs().max().item() < 1e-4
-        assert float(first.clip_fraction) == 0
+        assert clip_fraction(first) == 0
         assert last.log_ratios.abs().max().item() > 1e-3, "the policy must have moved by the last minibatch"
 
 
@@ -96,11 +109,12 @@ def test_the_gradient_at_the_old_policy_is_the_policy_gradient(make_trainer, kin
     config = {"normalize_advantages": False, "log_ratio": reduction, "inner_gamma": 0.9, "clip": 0.1}
     trainer = make_trainer(kind, **config)
     batch, policy = rollout_batch(trainer), trainer.policy
-    rows, steps = all_pairs(batch)
-    loss = trainer.update_rule.policy_loss(batch, rows, steps).loss
-    parameters = trainer.update_rule.actor_parameters
+    loss = trainer.update_rule.policy_loss(all_pairs(batch)).losses.mean()
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     surrogate = torch.autograd.grad(loss, parameters)
 
+    pairs = torch.arange(len(batch) * batch.num_steps)
+    rows, steps = pairs // batch.num_steps, pairs % batch.num_steps
     law = policy.transition(batch.obs[rows], batch.chain[rows, steps], steps)
     factors = getattr(law, "base_dist", law).log_prob(batch.chain[rows, steps + 1])
     if factors.dim() > 1:
@@ -117,7 +131,7 @@ def test_the_inner_discount_weights_the_steps_of_the_chain(make_trainer):
     trainer = make_trainer("diffusion", normalize_advantages=False, inner_gamma=0.5)
     batch = rollout_batch(trainer)
     row = torch.tensor([5])
-    losses = [trainer.update_rule.policy_loss(batch, row, torch.tensor([step])).loss.item() for step in range(3)]
+    losses = [trainer.update_rule.policy_loss(pairs_at(batch, row, step)).losses.item() for step in range(3)]
     advantage = float(batch.advantages[5])
     assert losses == pytest.approx([-0.25 * advantage, -0.5 * advantage, -advantage], rel=1e-3)
 
@@ -129,8 +143,8 @@ def test_each_inner_step_is_clipped_at_its_own_range(make_trainer):
     moved = Batch(**{**vars(batch), "log_prob_factors": batch.log_prob_factors.clone()})
     moved.log_prob_factors[:, :, 0, 0] -= math.log(1.1)  # every ratio is 1.1
     rows = torch.arange(len(batch))
-    fractions = [trainer.update_rule.policy_loss(moved, rows, torch.full_like(rows, k)).clip_fraction for k in range(3)]
-    assert fractions == [1.0, 1.0, 0.0]
+    results = [trainer.update_rule.policy_loss(pairs_at(moved, rows, k)) for k in range(3)]
+    assert [clip_fraction(result) for result in results] == [1.0, 1.0, 0.0]
 
 
 def test_a_chain_without_a_base_range_has_the_same_range_at_every_step(make_trainer):
@@ -142,10 +156,9 @@ def test_advantages_are_normalised_in_each_minibatch(make_trainer):
     batch = rollout_batch(trainer)
     scaled = Batch(**{**vars(batch), "advantages": 100 + 7 * batch.advantages})
     rows = torch.arange(10)
-    losses = [trainer.update_rule.policy_loss(b, rows, torch.zeros_like(rows)).loss for b in (batch, scaled)]
+    losses = [trainer.update_rule.policy_loss(pairs_at(b, rows)).losses for b in (batch, scaled)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
-    alone = trainer.update_rule.policy_loss(batch, rows[:1], torch.zeros(1, dtype=torch.long))
-    assert alone.loss.item() == 0.0
+    assert trainer.update_rule.policy_loss(pairs_at(batch, rows[:1])).losses.item() == 0.0
 
 
 # --- what an update covers
@@ -156,24 +169,25 @@ def test_advantages_are_normalised_in_each_minibatch(make_trainer):
 def test_every_pair_is_seen_once_an_epoch_and_so_is_every_row_by_the_critic(make_trainer, kind, batch_size):
     trainer = make_trainer(kind, epochs=2, batch_size=batch_size, learning_rate=1e-5)
     spy = Spy(trainer.update_rule)
-    batch = rollout_batch(trainer)
+    batch = numbered(rollout_batch(trainer))
     trainer.update_rule.update(batch, progress=0.0, iteration=0)
-    assert max(len(rows) for rows, _ in spy.pairs) <= batch_size
+    assert max(len(pairs) for pairs in spy.pairs) <= batch_size
     assert min(len(rows) for rows in spy.rows) >= 1
-    pairs = [(int(row), int(step)) for rows, steps in spy.pairs for row, step in zip(rows, steps, strict=True)]
+    pairs = [pair for minibatch in spy.pairs for pair in minibatch]
     total = len(batch) * batch.num_steps
     wanted = [(row, step) for row in range(len(batch)) for step in range(batch.num_steps)]
     assert [sorted(pairs[:total]), sorted(pairs[total:])] == [wanted, wanted]
-    rows = torch.cat(spy.rows).tolist()
+    rows = [row for minibatch in spy.rows for row in minibatch]
     assert [sorted(rows[: len(batch)]), sorted(rows[len(batch) :])] == [list(range(len(batch)))] * 2
 
 
 def test_epochs_are_shuffled_anew(make_trainer):
     trainer = make_trainer("gaussian", epochs=2, batch_size=64)
     spy = Spy(trainer.update_rule)
-    trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
-    (first, _), (second, _) = spy.pairs
-    assert not torch.equal(first, second)
+    trainer.update_rule.update(numbered(rollout_batch(trainer)), progress=0.0, iteration=0)
+    first, second = spy.pairs
+    assert first != second
+    assert sorted(first) == sorted(second)
 
 
 def test_the_target_kl_stops_the_actor_but_not_the_critic(make_trainer):
@@ -181,13 +195,24 @@ def test_the_target_kl_stops_the_actor_but_not_the_critic(make_trainer):
     spy = Spy(trainer.update_rule)
     batch = rollout_batch(trainer)
     metrics = trainer.update_rule.update(batch, progress=0.0, iteration=0)
-    kls = [float(result.approx_kl) for result in spy.results]
+    kls = [approximate_kl(result.log_ratios).item() for result in spy.results]
     assert len(kls) < 10
     assert max(kls[:-1]) <= 1e-3 < kls[-1]
     assert metrics["actor_steps"] == len(kls) - 1
     assert len(spy.rows) == 10
     trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=1)
     assert len(spy.results) > len(kls), "the next update begins anew"
+
+
+def test_metrics_are_over_all_pairs_seen_also_where_the_target_kl_cut_an_epoch_short(make_trainer):
+    trainer = make_trainer("diffusion", epochs=5, batch_size=10, target_kl=0.02, learning_rate=0.002)
+    spy = Spy(trainer.update_rule)
+    metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+    assert len(spy.results) > 10, "more than an epoch"
+    assert len(spy.results) % 10 != 0, "and part of another"
+    whole = PolicyLoss.joined([result.detached() for result in spy.results]).metrics().tolist()
+    assert [metrics[name] for name in ("policy_loss", "approx_kl", "clip_fraction")] == pytest.approx(whole, rel=1e-4)
+    assert all(value != 0 for value in whole)
 
 
 def test_without_a_target_kl_nothing_stops_the_actor(make_trainer):
@@ -225,10 +250,10 @@ def test_the_critic_leaves_no_gradient_in_the_policy_nor_the_policy_one_in_the_c
     trainer = make_trainer("gaussian")
     batch = rollout_batch(trainer)
     rows = torch.arange(8)
-    trainer.update_rule.value_loss(batch, rows).backward()
+    trainer.update_rule.value_loss(batch.targets(rows)).backward()
     assert all(parameter.grad is None for parameter in trainer.policy.parameters())
     trainer.critic.zero_grad(set_to_none=True)
-    trainer.update_rule.policy_loss(batch, rows, torch.zeros_like(rows)).loss.backward()
+    trainer.update_rule.policy_loss(pairs_at(batch, rows)).losses.mean().backward()
     assert all(parameter.grad is None for parameter in trainer.critic.parameters())
 
 
@@ -242,7 +267,7 @@ def test_both_learning_rates_follow_the_schedule(make_trainer, schedule, factor)
     progress = 0.5 if schedule == "cosine" else 0.375 / 0.9
     metrics = trainer.update_rule.update(rollout_batch(trainer), progress=progress, iteration=0)
     optimizers = trainer.update_rule.actor_optimizer, trainer.update_rule.critic_optimizer
-    used = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    used = [optimizer.state_dict()["param_groups"][0]["lr"] for optimizer in optimizers]
     assert used == pytest.approx([0.01 * factor, 0.02 * factor])
     assert [metrics["actor_learning_rate"], metrics["critic_learning_rate"]] == pytest.approx(used)
 
@@ -261,32 +286,13 @@ def test_a_minibatch_in_parts_gives_the_step_of_the_whole(make_trainer, monkeypa
         assert metrics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-7), name
 
 
-@pytest.mark.parametrize(("max_grad_norm", "length"), [(0.5, 0.5), (100.0, 10.0), (None, 10.0)])
-def test_a_gradient_is_shortened_to_the_largest_norm_allowed(max_grad_norm, length):
-    weight = nn.Parameter(torch.zeros(2))
-    loss = (weight * torch.tensor([6.0, 8.0])).sum()
-    loss.backward()
-    apply_gradients(loss.detach(), torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm, "policy")
-    assert float(weight.detach().norm()) == pytest.approx(length, rel=1e-4)
-
-
-@pytest.mark.parametrize("max_grad_norm", [0.5, None])
-def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(max_grad_norm):
-    weight = nn.Parameter(torch.zeros(2))
-    loss = weight.abs().sqrt().sum()  # 0, but its slope is not finite
-    loss.backward()
-    with pytest.raises(UserError, match="gradient of the policy loss became"):
-        apply_gradients(loss.detach(), torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm, "policy")
-    assert weight.tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize(("field", "what"), [("advantages", "policy"), ("returns", "value")])
+@pytest.mark.parametrize(("field", "what"), [("advantages", "policy"), ("returns", "critic")])
 def test_a_loss_that_is_not_finite_is_an_error_and_destroys_no_parameters(make_trainer, field, what):
     trainer = make_trainer("gaussian", batch_size=8)
     batch = rollout_batch(trainer)
     broken = Batch(**{**vars(batch), field: torch.full_like(batch.returns, torch.nan)})
     critic = weights(trainer.critic)
-    with pytest.raises(UserError, match=f"^the {what} loss became nan; lower the learning rate"):
+    with pytest.raises(UserError, match=f"^the {what} network's loss became nan; lower the learning rate"):
         trainer.update_rule.update(broken, progress=0.0, iteration=0)
     assert changed(critic, trainer.critic) == set()
     assert all(parameter.isfinite().all() for parameter in trainer.policy.parameters())

@@ -6,12 +6,12 @@ from original import CASES, Figures, new_name
 
 from dppo.critic import Critic
 from dppo.surrogates import value_loss
-from dppo.updates.batch import Batch
+from dppo.updates.batch import Batch, Pairs, Targets
 from dppo.updates.ppo import PPO, PPOConfig
 
 
-def recorded_ppo(figures: Figures) -> tuple[PPO, Batch, torch.Tensor, torch.Tensor]:
-    """PPO with the recorded settings and weights, and its pairs as a batch of one row per pair."""
+def recorded_ppo(figures: Figures) -> tuple[PPO, Pairs, Targets]:
+    """PPO with the recorded settings and weights, and what it learned from."""
     c = figures.config
     policy = figures.policy("actor_moved.")
     network = {"type": "mlp", "hidden_dims": [16, 16, 16], "activation": "mish", "residual": True}
@@ -36,35 +36,40 @@ def recorded_ppo(figures: Figures) -> tuple[PPO, Batch, torch.Tensor, torch.Tens
         returns=figures["loss_returns"],
         values=figures["loss_old_values"],
     )
-    return PPO(config, policy, critic, torch.Generator()), batch, torch.arange(len(rows)), steps
+    each = torch.arange(len(batch))  # one row per pair
+    ppo = PPO(config, policy, critic, torch.Generator())
+    return ppo, batch.pairs(each * batch.num_steps + steps), batch.targets(each)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_policy_loss_and_its_statistics_are_the_recorded_ones(case: str) -> None:
     figures = Figures(case)
-    ppo, batch, rows, steps = recorded_ppo(figures)
-    result = ppo.policy_loss(batch, rows, steps)
-    torch.testing.assert_close(result.loss, figures["loss.pg_loss"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(result.approx_kl, figures["loss.approx_kl"], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(result.clip_fraction, figures["loss.clip_fraction"])
+    ppo, pairs, _ = recorded_ppo(figures)
+    result = ppo.policy_loss(pairs)
+    loss, approx_kl, clip_fraction = result.metrics()
+    torch.testing.assert_close(loss, figures["loss.pg_loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(approx_kl, figures["loss.approx_kl"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(clip_fraction, figures["loss.clip_fraction"])
     torch.testing.assert_close(result.log_ratios.exp().mean(), figures["loss.ratio_mean"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_value_loss_is_the_recorded_one(case: str) -> None:
     figures = Figures(case)
-    ppo, batch, rows, _ = recorded_ppo(figures)
-    torch.testing.assert_close(ppo.value_loss(batch, rows), figures["loss.v_loss"], rtol=1e-5, atol=1e-6)
-    assert value_loss(batch.returns, batch.returns, batch.values) == 0
+    ppo, _, targets = recorded_ppo(figures)
+    torch.testing.assert_close(ppo.value_loss(targets), figures["loss.v_loss"], rtol=1e-5, atol=1e-6)
+    assert value_loss(targets.returns, targets.returns, targets.values) == 0
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_of_the_policy_loss_is_the_recorded_one(case: str) -> None:
     figures = Figures(case)
-    ppo, batch, rows, steps = recorded_ppo(figures)
-    ppo.policy_loss(batch, rows, steps).loss.backward()
+    ppo, pairs, _ = recorded_ppo(figures)
+    gradient = ppo.actor_optimizer.gradient(ppo.policy_loss(pairs).losses.mean())
     recorded = figures.renamed("grad.actor.")
-    gradients = {name: parameter.grad for name, parameter in ppo.policy.network.named_parameters()}
+    names, parameters = zip(*ppo.policy.network.named_parameters(), strict=True)
+    parts = gradient.split([parameter.numel() for parameter in parameters])
+    gradients = {n: part.view_as(w) for n, w, part in zip(names, parameters, parts, strict=True)}
     assert gradients.keys() == recorded.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, recorded[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,7 +1,6 @@
 import pytest
-import torch
 
-from dppo.updates.schedule import schedule_factor, set_learning_rate
+from dppo.updates.schedule import schedule_factor
 
 
 @pytest.mark.parametrize(
@@ -43,10 +42,3 @@ def test_the_descent_takes_what_the_warm_up_has_left():
 def test_training_that_is_all_warm_up_has_a_factor():
     assert schedule_factor("linear", 0.5, warmup=1.0) == 0.5
     assert schedule_factor("linear", 1.0, warmup=1.0) == 1.0
-
-
-def test_every_group_of_parameters_gets_the_learning_rate():
-    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in (1.0, 2.0)]
-    optimizer = torch.optim.SGD(groups)
-    set_learning_rate(optimizer, 0.3)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]

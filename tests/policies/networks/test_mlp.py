@@ -87,6 +87,45 @@ def test_a_residual_mlp_adds_pre_activated_blocks_of_two_layers(activation: str,
     torch.testing.assert_close(mlp(x), residual(mlp, x, FORMULAS[activation]), rtol=1e-5, atol=1e-6)
 
 
+@each_activation
+@pytest.mark.parametrize("widths", [[8], [8, 8, 8]])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_plain_trunk_is_the_trunk_also_after_its_weights_changed_in_place(
+    activation: str, widths: list[int], residual: bool
+) -> None:
+    torch.manual_seed(0)
+    mlp, other = (MLP(5, 2, MLPConfig(widths, activation, residual)) for _ in range(2))
+    x = torch.randn(10, widths[0])
+    plain_trunk = mlp.plain_trunk()
+    before = mlp.trunk(x)
+    assert torch.equal(plain_trunk(x), before)
+
+    mlp.load_state_dict(other.state_dict())
+    loaded = plain_trunk(x)
+    assert torch.equal(loaded, other.trunk(x))
+    assert not torch.equal(loaded, before)
+
+    with torch.no_grad():
+        for index, weights in enumerate(mlp.trunk.parameters()):
+            weights.add_(0.1 * (index + 1))
+            changed = plain_trunk(x)
+            assert torch.equal(changed, mlp.trunk(x))
+            assert not torch.equal(changed, loaded)
+            loaded = changed
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_gradient_flows_through_the_plain_trunk_as_through_the_trunk(residual: bool) -> None:
+    mlp = MLP(5, 2, MLPConfig([8, 8, 8], "mish", residual))
+    x = torch.randn(10, 8)
+    ours, expected = (
+        torch.autograd.grad(trunk(x).square().sum(), list(mlp.trunk.parameters()))
+        for trunk in (mlp.plain_trunk(), mlp.trunk)
+    )
+    for gradient, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_orthogonal_initialisation_has_the_gains_it_promises_and_no_biases(residual: bool) -> None:
     mlp = MLP(16, 4, MLPConfig([16, 16, 16], residual=residual))
