@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dppo.data.demos import WindowDataset, Windows
+from dppo.data.demos import WindowDataset
 from dppo.output.metrics import Row
 from dppo.precision import Precision, computing_in
 from dppo.threads import rows_per_part
@@ -23,6 +23,8 @@ from policies import Policy, UserError
 
 VALIDATION_SAMPLES = 4096
 """Windows on which the validation loss is estimated, always the same ones."""
+PREPARED_UPDATES = 16
+"""How many updates' windows are prepared at once."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Cloner:
         self.validation_seed = seeds[1]
         self.order = torch.empty(0, dtype=torch.long, device=self.device)
         """What is left of the current pass over the windows, in random order."""
+        self.prepared: list[tuple[Tensor, ...]] = []
+        """The exercises (see `Policy.imitation_exercise`) of the next updates."""
         self.updates = 0
         self.wall_clock_s = 0.0
 
@@ -121,33 +125,30 @@ class Cloner:
             final=self.config.final_learning_rate_share,
         )
         self.optimizer.learning_rate = factor * self.config.learning_rate
-        if len(self.order) < self.batch_size:
-            fresh = torch.randperm(len(self.train), generator=self.generator, device=self.device)
-            self.order = torch.cat([self.order, fresh])
-        indices, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        parts = self._parts(indices)
+        if not self.prepared:
+            self._prepare()
+        exercise = self.prepared.pop(0)
+        rows = rows_per_part(self.batch_size, len(self.optimizer.flat), self.device)
+        parts = [(part, len(part[0]) / self.batch_size) for part in _split(exercise, rows)]
         gradient, losses = self._gradient(parts)
         self.optimizer.step(gradient)
         self.average.lerp_(self.optimizer.flat, 1.0 if self.updates == 0 else 1 - self.config.ema_decay)
         self.updates += 1
         return torch.stack([loss * share for loss, (_, share) in zip(losses, parts, strict=True)]).sum()
 
-    def _parts(self, indices: Tensor) -> list[tuple[tuple[Windows, torch.Generator], float]]:
-        """The windows [B] in parts, each with random numbers of its own and its share of the rows."""
-        rows = rows_per_part(len(indices), len(self.optimizer.flat), self.device)
-        if rows == len(indices):
-            return [((self.train.batch(indices), self.generator), 1.0)]
-        parts = indices.split(rows)
-        seeds = torch.randint(2**62, (len(parts),), generator=self.generator).tolist()
-        return [
-            ((self.train.batch(part), torch.Generator().manual_seed(seed)), len(part) / len(indices))
-            for part, seed in zip(parts, seeds, strict=True)
-        ]
+    def _prepare(self) -> None:
+        """Cut out and corrupt the windows of some updates at once: so many small operations fewer in each."""
+        count = self.batch_size * PREPARED_UPDATES
+        while len(self.order) < count:
+            fresh = torch.randperm(len(self.train), generator=self.generator, device=self.device)
+            self.order = torch.cat([self.order, fresh])
+        indices, self.order = self.order[:count], self.order[count:]
+        exercise = self.policy.imitation_exercise(*self.train.batch(indices), generator=self.generator)
+        self.prepared = list(_split(exercise, self.batch_size))
 
-    def _loss(self, part: tuple[Windows, torch.Generator]) -> tuple[Tensor, Tensor]:
-        windows, generator = part
+    def _loss(self, exercise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         with computing_in(self.config.precision, self.device):
-            loss = self.policy.imitation_loss(*windows, generator=generator)
+            loss = self.policy.exercise_loss(*exercise)
         return loss, loss.detach()
 
     @torch.no_grad()
@@ -166,5 +167,10 @@ class Cloner:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "order": self.order,
+            "prepared": self.prepared,
             "updates": self.updates,
         }
+
+
+def _split(exercise: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(column.split(rows) for column in exercise), strict=True)

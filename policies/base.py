@@ -130,7 +130,7 @@ class Policy(nn.Module):
     # --- the interface that rollouts and update rules use -------------------------------------------------------
 
     def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """All the randomness of one `sample` for a batch: [B, ...], on the policy's device, where the generator lives."""
+        """All the randomness of one `sample` for a batch [B, ...], on the policy's device, as is the generator."""
         raise NotImplementedError
 
     def sample(
@@ -171,6 +171,16 @@ class Policy(nn.Module):
 
     def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Behaviour-cloning loss (scalar) on obs [B, To, Do] and action [B, Tp, Da] (discrete: [B])."""
+        return self.exercise_loss(*self.imitation_exercise(obs, action, generator))
+
+    def imitation_exercise(
+        self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """What `exercise_loss` takes, all randomness done: tensors of B rows, so parts of them are exercises, too."""
+        return obs, action
+
+    def exercise_loss(self, *exercise: Tensor) -> Tensor:
+        """The imitation loss (scalar), a mean over rows."""
         raise NotImplementedError
 
     # --- scaling, saved with the weights -------------------------------------------------------------------------

@@ -69,6 +69,6 @@ class CategoricalPolicy(Policy, type="categorical"):
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
         return self._law(obs)
 
-    def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def exercise_loss(self, obs: Tensor, action: Tensor) -> Tensor:
         """Cross-entropy against the demonstrated actions."""
         return -self._law(obs).log_prob(action).mean()

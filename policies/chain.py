@@ -193,12 +193,17 @@ class DiffusionPolicy(Policy, type="diffusion"):
 
     # --- behaviour cloning ---------------------------------------------------------------------------------------
 
-    def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Mean squared error of the denoiser at a random timestep of those that ``network`` serves."""
+    def imitation_exercise(
+        self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """Observations [B, To, Do], noisy chunks [B, Tp, Da], timesteps [B] that ``network`` serves, and targets."""
         x0 = self.action_scaler.normalize(action)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         timestep = torch.randint(self.num_steps, (len(x0),), generator=generator, device=x0.device)
         alpha_bar = self.alpha_bar[timestep][:, None, None]
         latent = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
-        out = self.network(latent, timestep, self.normalize_obs(obs).flatten(1))
-        return F.mse_loss(out, training_target(self.config.prediction, x0, noise, alpha_bar))
+        return obs, latent, timestep, training_target(self.config.prediction, x0, noise, alpha_bar)
+
+    def exercise_loss(self, obs: Tensor, latent: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of the denoiser's output."""
+        return F.mse_loss(self.network(latent, timestep, self.normalize_obs(obs).flatten(1)), target)

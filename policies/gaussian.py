@@ -99,6 +99,6 @@ class GaussianPolicy(Policy, type="gaussian"):
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
         return Independent(self._law(obs), 2, validate_args=False)
 
-    def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def exercise_loss(self, obs: Tensor, action: Tensor) -> Tensor:
         """Negative log-likelihood per action dimension, in normalised units."""
         return -self._law(obs).log_prob(self.action_scaler.normalize(action)).mean()

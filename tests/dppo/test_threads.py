@@ -27,7 +27,7 @@ def three_threads() -> Iterator[None]:
 def splitting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even a small policy is worth a thread for every row, and the threads are new."""
     threads_module._pool.cache_clear()
-    monkeypatch.setattr(threads_module, "PRODUCTS_PER_PART", 1)
+    monkeypatch.setattr(threads_module, "PRODUCTS_PER_SAMPLE_PART", 1)
 
 
 def inputs(policy: Policy, rows: int = ROWS) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def test_threads_that_were_used_before_see_the_weights_as_they_are_now(small_pol
 
 @pytest.mark.parametrize(("products", "parts"), [(1, 1), (199, 1), (200, 2), (399, 3), (400, 4), (10_000, 4)])
 def test_there_are_as_many_parts_as_are_worth_a_thread(small_policy, monkeypatch, products, parts):
-    monkeypatch.setattr(threads_module, "PRODUCTS_PER_PART", 1000)
+    monkeypatch.setattr(threads_module, "PRODUCTS_PER_SAMPLE_PART", 1000)
     policy = small_policy("gaussian")
     monkeypatch.setattr(type(policy), "products_per_sample", products)
     obs, noise = inputs(policy, 10)
