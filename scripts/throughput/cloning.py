@@ -18,7 +18,7 @@ from policies.chain import DiffusionPolicy
 from policies.config import config_from_dict
 from throughput.flops import DenoiserFlops
 from throughput.limits import SHAPES, ProductLimit
-from throughput.options import Options, known_precisions, medians, precision_override, say
+from throughput.options import Options, medians, say
 
 SETTINGS = (
     "task=hopper",
@@ -34,7 +34,7 @@ SETTINGS = (
 
 def measure(options: Options) -> dict[str, Any]:
     """Medians by precision; precisions and limits take turns."""
-    precisions = known_precisions(options.precisions, compose_config("pretrain", SETTINGS))
+    precisions = options.precisions
     cloners = {precision: _cloner(precision) for precision in precisions}
     products = {precision: ProductLimit(SHAPES["cloning"], precision) for precision in precisions}
     updates = 20 if options.quick else 200
@@ -50,7 +50,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def _cloner(precision: str) -> Cloner:
-    config = compose_config("pretrain", [*SETTINGS, *precision_override(precision)])
+    config = compose_config("pretrain", [*SETTINGS, f"precision={precision}"])
     names = [field.name for field in dataclasses.fields(CloningConfig)]
     settings = config_from_dict(CloningConfig, {name: config[name] for name in names}, "pretrain")
     spaces = space_dims(build_task(config))

@@ -23,6 +23,7 @@ from throughput.turns import Contender
 
 Settings = dict[str, Any]
 OURS = "ours"
+OUR_WAYS = ("native", "native, compiled")
 FINALISTS = 2
 """So many ways of running of each side, the fastest ones of the trial: its order is partly luck."""
 
@@ -46,8 +47,13 @@ def ways(opponent: str, task: str, options: Options) -> list[Settings]:
     for num_envs in (1, 4) if options.quick else NUM_ENVS:
         same = {"task": task, "env_id": env_id, "steps": STEPS, "num_envs": num_envs}
         vectors = OPPONENTS[opponent].vectors[: None if num_envs > 1 else 1]
-        for who, vector in ((OURS, "native"), *((opponent, vector) for vector in vectors)):
-            found += [{"who": who, **same, "vector": vector, "threads": threads} for threads in (None, 1)]
+        # Here, threads are used where they pay; there, one may be better than torch's choice.
+        found += [{"who": OURS, **same, "vector": vector, "threads": None} for vector in OUR_WAYS]
+        found += [
+            {"who": opponent, **same, "vector": vector, "threads": threads}
+            for vector in vectors
+            for threads in (None, 1)
+        ]
     return found
 
 
@@ -69,10 +75,12 @@ def _rate(seconds: list[float]) -> float:
 
 
 def finalists(trial: list[Settings]) -> list[Settings]:
-    """Of each side the fastest ways of running, and the fastest with a single environment."""
+    """Of each side the fastest ways of running, and the fastest with a single environment; ours, compiled and not."""
     ordered = sorted(trial, key=lambda one: -one["steps_per_s"])
+    sides = [[one for one in ordered if one["who"] != OURS]]
+    sides += [[one for one in ordered if one["who"] == OURS and one["vector"] == way] for way in OUR_WAYS]
     chosen: list[Settings] = []
-    for side in ([one for one in ordered if (one["who"] == OURS) is ours] for ours in (True, False)):
+    for side in sides:
         single = next(one for one in side if one["num_envs"] == 1)
         chosen += [*side[:FINALISTS], *([] if single in side[:FINALISTS] else [single])]
     return chosen
@@ -99,14 +107,17 @@ def _final(pythons: Mapping[str, Path], chosen: list[Settings], options: Options
 
 
 def ratios(final: list[Settings]) -> dict[str, Any]:
-    """Ours to theirs: each side at its best, and with a single environment."""
+    """Ours to theirs: each side at its best, compiled and not, and with a single environment."""
 
-    def best(ours: bool, single: bool) -> Settings:
-        side = [one for one in final if (one["who"] == OURS) is ours and not (single and one["num_envs"] > 1)]
-        return max(side, key=lambda one: one["steps_per_s"])
+    def best(side: list[Settings], single: bool) -> Settings:
+        return max((one for one in side if not (single and one["num_envs"] > 1)), key=lambda one: one["steps_per_s"])
 
-    pairs = {name: (best(True, single), best(False, single)) for name, single in (("best", False), ("single", True))}
-    return {
-        name: {"ours": ours, "theirs": theirs, "ratio": ours["steps_per_s"] / theirs["steps_per_s"]}
-        for name, (ours, theirs) in pairs.items()
-    }
+    theirs = [one for one in final if one["who"] != OURS]
+    found = {}
+    for way in OUR_WAYS:
+        ours = [one for one in final if one["who"] == OURS and one["vector"] == way]
+        for name, single in (("best", False), ("single", True)):
+            pair = {"ours": best(ours, single), "theirs": best(theirs, single)}
+            ratio = pair["ours"]["steps_per_s"] / pair["theirs"]["steps_per_s"]
+            found[f"{way}, {name}"] = {**pair, "ratio": ratio}
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from dppo.trainer import Trainer
 from policies.chain import DiffusionPolicy
 from throughput.flops import DenoiserFlops, chain_flops, forward_flops, training_flops
 from throughput.limits import SHAPES, ProductLimit, SimulationLimit
-from throughput.options import Options, known_precisions, medians, precision_override, say
+from throughput.options import Options, medians, say
 
 PHASES = ("environment", "sampling", "scoring", "advantages", "update")
 QUICK = ("rollout_steps=25", "algo.batch_size=5000")
@@ -31,8 +31,8 @@ QUICK = ("rollout_steps=25", "algo.batch_size=5000")
 def measure(task: str, options: Options) -> dict[str, Any]:
     """Medians by precision. Precisions and limits take turns, so that they share the moods of the machine."""
     settings = ["experiment=paper_hopper", f"task={task}", "checkpoint=scratch", *(QUICK if options.quick else ())]
-    precisions = known_precisions(options.precisions, compose_config("finetune", settings)["algo"])
-    overrides = {precision: [*settings, *precision_override(precision, "algo.")] for precision in precisions}
+    precisions = options.precisions
+    overrides = {precision: [*settings, f"algo.precision={precision}"] for precision in precisions}
     for precision in precisions:
         warm_up = _trainer([*overrides[precision], "rollout_steps=10"])
         warm_up.iterate()
@@ -49,7 +49,7 @@ def measure(task: str, options: Options) -> dict[str, Any]:
     return {precision: _summary(rows) for precision, rows in turns.items()}
 
 
-def _limits(config: dict[str, Any], precisions: list[str]) -> dict[str, dict[str, Callable[[], float]]]:
+def _limits(config: dict[str, Any], precisions: Sequence[str]) -> dict[str, dict[str, Callable[[], float]]]:
     """By precision and phase, what measures the phase's limit."""
     simulation = SimulationLimit(build_task(config), config["num_envs"], config["policy"]["chunk"])
     shared = {

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -21,6 +20,7 @@ from throughput.options import Options, medians, say
 STEPS = 2048
 """Environment steps between updates."""
 NUM_ENVS = (1, 2, 4, 8, 16, 32)
+WAYS = ("eager", "compiled")
 SETTINGS = (
     "policy=gaussian",
     "checkpoint=scratch",
@@ -40,10 +40,10 @@ SETTINGS = (
 )
 
 
-def gaussian_trainer(task: str, num_envs: int) -> Trainer:
-    """A Gaussian policy from scratch, in so many environments."""
+def gaussian_trainer(task: str, num_envs: int, compiled: bool) -> Trainer:
+    """A Gaussian policy from scratch, in so many environments, its gradients compiled or not."""
     sizes = [f"num_envs={num_envs}", f"rollout_steps={STEPS // num_envs}"]
-    config = compose_config("finetune", [f"task={task}", *SETTINGS, *sizes])
+    config = compose_config("finetune", [f"task={task}", *SETTINGS, *sizes, f"algo.compile={compiled}"])
     built = build_task(config)
     torch.manual_seed(0)
     return Trainer(
@@ -52,22 +52,20 @@ def gaussian_trainer(task: str, num_envs: int) -> Trainer:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """By task: the medians by number of environments, which take turns, and the best number."""
+    """By task: medians by whether gradients are compiled and by number of environments; they take turns."""
     return {task: _measure(task, options) for task in options.tasks}
 
 
 def _measure(task: str, options: Options) -> dict[str, Any]:
-    trainers = {num_envs: gaussian_trainer(task, num_envs) for num_envs in ((1, 8) if options.quick else NUM_ENVS)}
-    turns: dict[int, list[dict[str, float]]] = defaultdict(list)
-    for turn in range(1 + options.turns_or(10)):  # the first one warms up
-        say(f"Gaussian PPO, {task}, iteration {turn}, {', '.join(map(str, trainers))} environments")
-        for num_envs, trainer in trainers.items():
+    counts = (1, 8) if options.quick else NUM_ENVS
+    trainers = {(way, count): gaussian_trainer(task, count, way == "compiled") for way in WAYS for count in counts}
+    turns: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
+    names = ["env_steps_per_s", *(f"{phase}_s" for phase in PHASES)]
+    for turn in range(1 + options.turns_or(10)):  # the first one warms up, and compiles
+        say(f"Gaussian PPO, {task}, iteration {turn}, {', '.join(map(str, counts))} environments")
+        for key, trainer in trainers.items():
             row = trainer.iterate()
-            names = ["env_steps_per_s", *(f"{phase}_s" for phase in PHASES)]
-            turns[num_envs].append({name: float(row[name] or 0) for name in names})
+            turns[key].append({name: float(row[name] or 0) for name in names})
     for trainer in trainers.values():
         trainer.close()
-    by_num_envs = {num_envs: medians(rows[1:]) for num_envs, rows in turns.items()}
-    best = max(by_num_envs, key=lambda num_envs: by_num_envs[num_envs]["env_steps_per_s"])
-    quartiles = statistics.quantiles([row["env_steps_per_s"] for row in turns[best][1:]], n=4)
-    return {"by_num_envs": by_num_envs, "best_num_envs": best, "quartiles_at_best": quartiles}
+    return {way: {count: medians(turns[way, count][1:]) for count in counts} for way in WAYS}

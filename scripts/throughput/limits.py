@@ -27,7 +27,7 @@ mujoco: Any = _mujoco
 WIDTH = 512
 """Of the paper's actor for Hopper."""
 SHAPES = {"sampling": 40, "cloning": 128, "update": 5000}
-"""Rows of a matrix product: environments, a minibatch, and as many pairs as `dppo.updates.ppo` takes at once."""
+"""Rows of a matrix product: environments, a minibatch, and two threads' parts of one."""
 
 
 class Limit:

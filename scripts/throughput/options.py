@@ -34,16 +34,6 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-def known_precisions(asked: Iterable[str], settings: Mapping[str, Any]) -> list[str]:
-    """Those of the precisions asked for that a configuration's settings allow."""
-    return [precision for precision in asked if precision == "float32" or "precision" in settings]
-
-
-def precision_override(precision: str, prefix: str = "") -> list[str]:
-    """The override that chooses a precision; none for the default."""
-    return [] if precision == "float32" else [f"{prefix}precision={precision}"]
-
-
 def medians(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The median of every column."""
     rows = list(rows)

@@ -70,17 +70,17 @@ def _iteration(task: str, result: Result) -> str:
 
 
 def _gaussian(result: Result) -> str:
-    counts = list(next(iter(result.values()))["by_num_envs"])
+    columns = {f"{task}, {way}": rates for task, ways in result.items() for way, rates in ways.items()}
+    best = {name: max(rate["env_steps_per_s"] for rate in rates.values()) for name, rates in columns.items()}
     rows = []
-    for count in counts:
+    for count in next(iter(columns.values())):
         cells = []
-        for measured in result.values():
-            best = str(measured["best_num_envs"]) == count
-            rate = f"{measured['by_num_envs'][count]['env_steps_per_s']:,.0f}"
-            cells.append(f"**{rate}**" if best else rate)
+        for name, rates in columns.items():
+            rate = rates[count]["env_steps_per_s"]
+            cells.append(f"**{rate:,.0f}**" if rate == best[name] else f"{rate:,.0f}")
         rows.append([count, *cells])
-    header = ["environments", *(f"{task}, steps/s" for task in result)]
-    return "## Gaussian PPO, 2,048 steps per update, minibatches of 64\n\n" + table(header, rows)
+    title = "## Gaussian PPO, 2,048 steps per update, minibatches of 64: environment steps per second"
+    return title + "\n\n" + table(["environments", *columns], rows)
 
 
 def _cloning(result: Result) -> str:
@@ -94,10 +94,11 @@ def _cloning(result: Result) -> str:
 def _against(opponent: str, comparison: Result) -> str:
     rows = []
     for task, measured in comparison.items():
-        for name in ("best", "single"):
-            pair = measured[name]
+        for name, pair in measured.items():
+            if name in ("trial", "final"):
+                continue
             cells = [f"{pair[side]['steps_per_s']:,.0f} ({_way(pair[side])})" for side in ("ours", "theirs")]
-            rows.append([f"{task}, {_WORDS[name]}", *cells, f"{pair['ratio']:.2f}"])
+            rows.append([f"{task}, {_WORDS[name.split(', ')[-1]]}", *cells, f"{pair['ratio']:.2f}"])
     title = OPPONENTS[opponent].title
     return f"## Gaussian PPO against {title}\n\n" + table(["", "ours, steps/s", f"{title}, steps/s", "ratio"], rows)
 

@@ -14,7 +14,7 @@ from throughput import cloning, comparison, dppo_iteration, gaussian
 from throughput.flops import DenoiserFlops, chain_flops, forward_flops, training_flops
 from throughput.limits import ProductLimit
 from throughput.memory import PeakMemory, descendants, peak_bytes, proportional_bytes
-from throughput.options import Options, known_precisions, medians
+from throughput.options import Options, medians
 from throughput.report import markdown
 from throughput.turns import SCRIPTS, Turns, environment
 
@@ -97,11 +97,6 @@ def test_the_cloner_is_that_of_the_paper() -> None:
     assert cloning._sample_flops(cloner) == 2 * 2 * (12 + 11) * 512 + 3 * 2 * (2 * 512 * 512 + 512 * 12)
 
 
-def test_a_precision_that_is_no_setting_is_left_out() -> None:
-    assert known_precisions(["float32", "bfloat16"], {"epochs": 5}) == ["float32"]
-    assert known_precisions(["float32", "bfloat16"], {"precision": "float32"}) == ["float32", "bfloat16"]
-
-
 def test_medians_are_taken_by_column() -> None:
     assert medians([{"a": 1, "b": 9}, {"a": 5, "b": 7}, {"a": 2, "b": 8}]) == {"a": 2, "b": 8}
 
@@ -159,30 +154,42 @@ def test_contenders_choose_themselves_how_they_use_threads(monkeypatch: pytest.M
     assert environment()["PYTHONPATH"] == os.pathsep.join([str(SCRIPTS), "/mine"])
 
 
-def run(who: str, num_envs: int, steps_per_s: float) -> dict[str, object]:
-    settings = {"task": "hopper", "vector": "native", "threads": None, "memory_bytes": 1 << 20}
+def run(who: str, num_envs: int, steps_per_s: float, vector: str = "native") -> dict[str, object]:
+    settings = {"task": "hopper", "vector": vector, "threads": None, "memory_bytes": 1 << 20}
     return {**settings, "who": who, "num_envs": num_envs, "steps_per_s": steps_per_s}
+
+
+COMPILED = [run("ours", count, rate, "native, compiled") for count, rate in ((1, 4.0), (8, 12.0), (4, 10.0))]
 
 
 def test_the_final_has_each_sides_fastest_and_its_fastest_single_environment() -> None:
     trial = [run("ours", 1, 2.0), run("ours", 8, 9.0), run("ours", 4, 8.0), run("sb3", 1, 3.0), run("sb3", 1, 7.0)]
-    trial += [run("sb3", 2, 4.0), run("sb3", 4, 5.0)]
+    trial += [run("sb3", 2, 4.0), run("sb3", 4, 5.0), *COMPILED]
     chosen = [(one["who"], one["num_envs"], one["steps_per_s"]) for one in comparison.finalists(trial)]
-    assert chosen == [("ours", 8, 9.0), ("ours", 4, 8.0), ("ours", 1, 2.0), ("sb3", 1, 7.0), ("sb3", 4, 5.0)]
+    theirs, eager = [("sb3", 1, 7.0), ("sb3", 4, 5.0)], [("ours", 8, 9.0), ("ours", 4, 8.0), ("ours", 1, 2.0)]
+    assert chosen == [*theirs, *eager, ("ours", 8, 12.0), ("ours", 4, 10.0), ("ours", 1, 4.0)]
 
 
 def test_ratios_are_ours_to_theirs_at_each_ones_best() -> None:
-    found = comparison.ratios([run("ours", 8, 9.0), run("ours", 1, 2.0), run("sb3", 4, 3.0), run("sb3", 1, 4.0)])
-    assert (found["best"]["ratio"], found["single"]["ratio"]) == (9 / 4, 1 / 2)
+    final = [run("ours", 8, 9.0), run("ours", 1, 2.0), run("sb3", 4, 3.0), run("sb3", 1, 4.0), *COMPILED]
+    assert {name: pair["ratio"] for name, pair in comparison.ratios(final).items()} == {
+        "native, best": 9 / 4,
+        "native, single": 1 / 2,
+        "native, compiled, best": 3,
+        "native, compiled, single": 1,
+    }
 
 
 def test_both_sides_are_tried_with_the_same_numbers_of_environments() -> None:
     ways = comparison.ways("sb3", "halfcheetah", Options(quick=True))
     assert {one["env_id"] for one in ways} == {"HalfCheetah-v5"}
+    ours = [("native", None), ("native, compiled", None)]
+    dummy, subproc = ([(vector, threads) for threads in (None, 1)] for vector in ("dummy", "subproc"))
     assert [(one["who"], one["num_envs"], one["vector"], one["threads"]) for one in ways] == [
-        *(("ours", 1, "native", None), ("ours", 1, "native", 1), ("sb3", 1, "dummy", None), ("sb3", 1, "dummy", 1)),
-        *(("ours", 4, "native", None), ("ours", 4, "native", 1), ("sb3", 4, "dummy", None), ("sb3", 4, "dummy", 1)),
-        *(("sb3", 4, "subproc", None), ("sb3", 4, "subproc", 1)),
+        *(("ours", 1, *way) for way in ours),
+        *(("sb3", 1, *way) for way in dummy),
+        *(("ours", 4, *way) for way in ours),
+        *(("sb3", 4, *way) for way in (*dummy, *subproc)),
     ]
 
 
@@ -207,7 +214,7 @@ def test_the_report_shows_seconds_fractions_and_ratios() -> None:
             },
             "options": {"quick": True},
             "sections": {"hopper": {**section, "result": {"float32": iteration, "bfloat16": iteration}}},
-            "against": {"sb3": {"hopper": {"best": pair, "single": pair}}},
+            "against": {"sb3": {"hopper": {"native, best": pair, "native, single": pair}}},
         }
     )
     assert "| environment | 2.00 s | 75% | 2.00 s | 75% |" in text

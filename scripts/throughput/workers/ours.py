@@ -16,7 +16,7 @@ def main() -> None:
     chosen = settings()
     if chosen["threads"]:
         torch.set_num_threads(chosen["threads"])
-    Turns().run(gaussian_trainer(chosen["task"], chosen["num_envs"]).iterate)
+    Turns().run(gaussian_trainer(chosen["task"], chosen["num_envs"], chosen["vector"] == "native, compiled").iterate)
 
 
 if __name__ == "__main__":
