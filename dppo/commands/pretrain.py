@@ -43,6 +43,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     cloner = Cloner(policy.to(device), train.to(device), validation, settings, seed=int(config["seed"]))
     config = {**config, **policy_settings(policy)}
     directory = open_run(config, f"pretrain-{task.name}-{policy.type}-seed{config['seed']}")
+    print(_plan(cloner, task, str(config["dataset"] or task.dataset), device), flush=True)
     with MetricsLogger(directory, build_sinks(config, directory, "updates")) as logger:
         checkpoint = _train(cloner, task, directory, logger, evaluation, interval, log_interval)
     result, _ = evaluate_with_progress(cloner.averaged, task, evaluation)
@@ -66,6 +67,14 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     paths["checkpoint"] = checkpoint
     final_table({"pretrained": result}, updates=cloner.updates, seconds=cloner.wall_clock_s, paths=paths)
     return summary
+
+
+def _plan(cloner: Cloner, task: Task, dataset: str, device: torch.device) -> str:
+    """What is about to be done, in a line."""
+    data = f"{len(cloner.train):,} windows of {dataset} ({cloner.train.nbytes / 2**20:,.1f} MiB on {device})"
+    updates = f"{cloner.config.updates:,} updates of {cloner.batch_size} windows"
+    threads = torch.get_num_threads()
+    return f"cloning {data} into a {cloner.policy.type} policy for {task.name}: {updates}, {threads} threads"
 
 
 def _train(

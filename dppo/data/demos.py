@@ -209,6 +209,8 @@ class WindowDataset:
     the last steps are learnt from too.
     """
 
+    _data = ("observation", "action", "first", "last")
+
     def __init__(self, episodes: Sequence[Episode], history: int, chunk: int) -> None:
         """Lay the episodes end to end.
 
@@ -235,6 +237,11 @@ class WindowDataset:
         return len(self.observation)
 
     @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return sum(getattr(self, name).nbytes for name in self._data)
+
+    @property
     def device(self) -> torch.device:
         """Where the data lies and the batches appear."""
         return self.observation.device
@@ -256,7 +263,7 @@ class WindowDataset:
     def to(self, device: str | torch.device) -> Self:
         """The same windows with their data on ``device``."""
         moved = copy.copy(self)
-        for name in ("observation", "action", "first", "last"):
+        for name in self._data:
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
