@@ -68,7 +68,7 @@ def test_rows_dealt_out_to_threads_are_sampled_as_together_whatever_the_number_o
     parts = min(threads, ROWS)
     assert sorted(rows for rows, *_ in calls) == sorted(len(part) for part in obs.tensor_split(parts))
     if parts > 1:
-        assert all(name.startswith("sample") for _, name, _ in calls)
+        assert all(name.startswith("dppo") for _, name, _ in calls)
         assert {own for *_, own in calls} == {1}, "each part is computed on one thread"
     assert torch.get_num_threads() == 3
 
