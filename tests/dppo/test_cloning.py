@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dppo.cloning import Cloner, CloningConfig
+from dppo.cloning import PREPARED_UPDATES, Cloner, CloningConfig
 from dppo.data.demos import Episode, WindowDataset
 from policies import Policy, UserError
 
@@ -31,6 +31,13 @@ def windows(lengths: tuple[int, ...] = (9, 6, 5), seed: int = 0) -> WindowDatase
         action = 0.5 * observation[:-1, ::-1].copy()
         episodes.append(Episode(observation, action, np.zeros(length, np.float32), False, True))
     return WindowDataset(episodes, history=2, chunk=3)
+
+
+def discrete_windows() -> WindowDataset:
+    """Of one episode of 20 steps whose actions say which third of its range the first observation lies in."""
+    observation = np.random.default_rng(0).uniform(-1, 1, (21, 2)).astype(np.float32)
+    action = np.digitize(observation[:-1, 0], [-0.33, 0.33]).astype(np.int64)
+    return WindowDataset([Episode(observation, action, np.zeros(20, np.float32), False, True)], history=1, chunk=1)
 
 
 @pytest.fixture
@@ -60,6 +67,19 @@ def learned_windows(cloner: Cloner) -> list[list[int]]:
 
     cloner.policy.exercise_loss = spy  # type: ignore[method-assign]
     return seen
+
+
+def spied_rows(cloner: Cloner) -> list[int]:
+    """The number of rows of each part that the policy will have learned from."""
+    rows: list[int] = []
+    exercise_loss = cloner.policy.exercise_loss
+
+    def spy(*exercise: Tensor) -> Tensor:
+        rows.append(len(exercise[0]))
+        return exercise_loss(*exercise)
+
+    cloner.policy.exercise_loss = spy  # type: ignore[method-assign]
+    return rows
 
 
 # --- what is learned
@@ -133,6 +153,44 @@ def test_every_epoch_covers_every_window_once(make_cloner, batch_size):
     assert epochs[0] != epochs[1], "in another order each time"
 
 
+@pytest.mark.parametrize("batch_size", [3, 8, 20])
+def test_what_is_prepared_ahead_covers_every_window_once_a_pass_in_random_order(make_cloner, batch_size):
+    cloner = make_cloner("gaussian", batch_size=batch_size)
+    everything, actions = cloner.train.batch(torch.arange(20))
+    seen = []
+    for _ in range(5):
+        cloner._prepare()
+        assert len(cloner.prepared) == PREPARED_UPDATES
+        for obs, action in cloner.prepared:
+            assert len(obs) == batch_size
+            indices = (obs[:, None] == everything).all((2, 3)).int().argmax(1)
+            assert torch.equal(obs, everything[indices])
+            assert torch.equal(action, actions[indices])
+            seen += indices.tolist()
+    assert sorted(seen + cloner.order.tolist()) == sorted([*range(20)] * -(-len(seen) // 20))
+    passes = [seen[start : start + 20] for start in range(0, len(seen) - 19, 20)]
+    assert all(sorted(one) == list(range(20)) for one in passes)
+    assert len({tuple(one) for one in passes}) == len(passes) >= 10, "never in the same order"
+
+
+def test_windows_are_prepared_only_when_none_are_left_and_used_in_order(make_cloner, monkeypatch):
+    cloner = make_cloner()
+    prepared = []
+    prepare = cloner._prepare
+
+    def spy() -> None:
+        assert cloner.prepared == []
+        prepare()
+        prepared.append(cloner.updates)
+
+    monkeypatch.setattr(cloner, "_prepare", spy)
+    for _ in range(35):
+        ahead = list(cloner.prepared)
+        cloner.run(1)
+        assert not ahead or cloner.prepared == ahead[1:]
+    assert prepared == [0, PREPARED_UPDATES, 2 * PREPARED_UPDATES]
+
+
 def test_a_batch_larger_than_the_data_is_the_data(make_cloner):
     cloner = make_cloner("gaussian", batch_size=256, updates=4)
     batches = learned_windows(cloner)
@@ -179,6 +237,54 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_other
     assert losses == same
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "categorical", "diffusion"])
+def test_the_number_of_threads_does_not_change_the_weights_by_a_single_bit(make_cloner, monkeypatch, kind):
+    monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", 6)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            data = discrete_windows() if kind == "categorical" else windows()
+            cloner = Cloner(
+                make_cloner(kind).policy, data, None, CloningConfig(**SETTINGS | {"batch_size": 20}), seed=0
+            )
+            rows = spied_rows(cloner)
+            found.append((cloner.run(5)["train_loss"], weights(cloner.policy), weights(cloner.averaged)))
+            assert rows == [5] * 20
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    (loss, *one), (same, *three) = found
+    assert loss == same
+    for ours, expected in zip(one, three, strict=True):
+        assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+def test_an_update_in_parts_is_that_of_the_whole(make_cloner, monkeypatch):
+    found = []
+    for size in (3, 100):
+        monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", size)
+        cloner = make_cloner()
+        rows = spied_rows(cloner)
+        found.append((cloner.run(3)["train_loss"], weights(cloner.averaged)))
+        assert rows == ([3, 3, 2] if size == 3 else [8]) * 3
+    (loss, in_parts), (expected, whole) = found
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, value in whole.items():
+        torch.testing.assert_close(in_parts[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_averaged_policy_is_views_of_the_average(make_cloner):
+    cloner = make_cloner()
+    cloner.run(3)
+    with torch.no_grad():
+        cloner.average.add_(1.0)
+    flat = torch.cat([value.detach().flatten() for value in cloner.averaged.parameters()])
+    assert torch.equal(flat, cloner.average)
+    assert not any(torch.equal(value, weights(cloner.policy)[name]) for name, value in weights(cloner.averaged).items())
 
 
 def test_the_number_of_updates_between_rows_does_not_change_the_weights(make_cloner):

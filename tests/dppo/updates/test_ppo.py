@@ -1,7 +1,8 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from policies import Policy, UserError
 
 CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
 KINDS = ("gaussian", "categorical", "diffusion")
+COMPILERS = ("c++", "g++", "clang++")
 
 
 @pytest.fixture
@@ -31,6 +33,35 @@ def make_trainer(small_policy: Callable[..., Policy], task_of: Callable) -> Call
         return Trainer(policy, task_of(kind), size, PPOConfig(**algo), CRITIC)
 
     return build
+
+
+Updated = tuple[dict[str, Tensor], list[dict[str, float | None]]]
+
+
+@pytest.fixture
+def updated() -> Callable[..., Updated]:
+    """The weights of copies of a trainer's policy and critic after an update on each batch, and the metrics."""
+
+    def update(trainer: Trainer, batches: list[Batch], config: PPOConfig) -> Updated:
+        policy, critic = copy.deepcopy(trainer.policy), copy.deepcopy(trainer.critic)
+        assert isinstance(critic, Critic)
+        ppo = PPO(config, policy, critic, torch.Generator().manual_seed(3))
+        metrics = [ppo.update(batch, progress=0.0, iteration=i) for i, batch in enumerate(batches)]
+        return with_critic(policy, critic), metrics
+
+    return update
+
+
+def with_critic(policy: nn.Module, critic: nn.Module) -> dict[str, Tensor]:
+    return {**weights(policy), **{f"critic.{name}": value for name, value in weights(critic).items()}}
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def rollout_batch(trainer: Trainer) -> Batch:
@@ -310,20 +341,49 @@ def test_a_minibatch_in_parts_gives_the_step_of_the_whole(make_trainer, monkeypa
         metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
         assert max(len(pairs) for pairs in spy.pairs) == min(size, 48)
         assert max(len(rows) for rows in spy.rows) == (6 if size == 7 else 16)
-        steps.append(
-            (
-                {
-                    **weights(trainer.policy),
-                    **{f"critic.{name}": value for name, value in weights(trainer.critic).items()},
-                },
-                metrics,
-            )
-        )
+        steps.append((with_critic(trainer.policy, trainer.critic), metrics))
     (in_parts, metrics), (whole, expected) = steps
     for name, weight in in_parts.items():
         torch.testing.assert_close(weight, whole[name], rtol=1e-4, atol=1e-6)
     for name in ("policy_loss", "approx_kl", "clip_fraction", "value_loss"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-7), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_does_not_depend_on_the_number_of_threads_to_the_last_bit(
+    make_trainer, updated, torch_threads, monkeypatch, kind
+):
+    monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", 7)
+    trainer = make_trainer(kind, batch_size=20)
+    batch = rollout_batch(trainer)
+    results = []
+    for threads in (1, 3):
+        torch_threads(threads)
+        results.append(updated(trainer, [batch], trainer.algo))
+        assert torch.get_num_threads() == threads
+    (one, metrics), (three, same) = results
+    assert all(torch.equal(one[name], three[name]) for name in one)
+    assert metrics == same
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"torch.compile needs one of {COMPILERS}")
+@pytest.mark.parametrize("kind", ["gaussian", pytest.param("diffusion", marks=pytest.mark.slow)])
+def test_a_compiled_update_is_the_same(make_trainer, updated, kind):
+    """Two updates, with weights that change from step to step, and minibatches of 7 and of 6 pairs."""
+    algo = {"epochs": 2, "batch_size": 7, "learning_rate": 3e-3, "log_prob_clamp": (-5, 2), "value_clip": 0.3}
+    trainer = make_trainer(kind, **algo)
+    batches = [rollout_batch(trainer) for _ in range(2)]
+    results = []
+    for compiled in (False, True):
+        config = dataclasses.replace(trainer.algo, compile=compiled)
+        results.append(updated(trainer, batches, config))
+    (eager, metrics), (compiled, same) = results
+    before = with_critic(trainer.policy, trainer.critic)
+    assert any(not torch.equal(eager[name], before[name]) for name in before)
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for ours, expected in zip(same, metrics, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize(("field", "what"), [("advantages", "policy"), ("returns", "critic")])
@@ -338,16 +398,11 @@ def test_a_loss_that_is_not_finite_is_an_error_and_destroys_no_parameters(make_t
     assert all(parameter.isfinite().all() for parameter in trainer.policy.parameters())
 
 
-def test_the_same_generator_gives_the_same_update(make_trainer):
+def test_the_same_generator_gives_the_same_update(make_trainer, updated):
     trainer = make_trainer("diffusion", batch_size=16)
     batch = rollout_batch(trainer)
-    results = []
-    for _ in range(2):
-        policy, critic = copy.deepcopy(trainer.policy), copy.deepcopy(trainer.critic)
-        assert isinstance(critic, Critic)
-        PPO(trainer.algo, policy, critic, torch.Generator().manual_seed(3)).update(batch, progress=0.0, iteration=0)
-        results.append({**weights(policy), **weights(critic)})
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    (first, _), (again, _) = (updated(trainer, [batch], trainer.algo) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"batch_size": 0}])
