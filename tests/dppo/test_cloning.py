@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dppo.cloning import Cloner, CloningConfig
+from dppo.cloning import PREPARED_UPDATES, Cloner, CloningConfig
 from dppo.data.demos import Episode, WindowDataset
 from policies import Policy, UserError
 
@@ -33,6 +33,13 @@ def windows(lengths: tuple[int, ...] = (9, 6, 5), seed: int = 0) -> WindowDatase
     return WindowDataset(episodes, history=2, chunk=3)
 
 
+def discrete_windows() -> WindowDataset:
+    """Of one episode of 20 steps whose actions say which third of its range the first observation lies in."""
+    observation = np.random.default_rng(0).uniform(-1, 1, (21, 2)).astype(np.float32)
+    action = np.digitize(observation[:-1, 0], [-0.33, 0.33]).astype(np.int64)
+    return WindowDataset([Episode(observation, action, np.zeros(20, np.float32), False, True)], history=1, chunk=1)
+
+
 @pytest.fixture
 def make_cloner(small_policy: Callable[..., Policy]) -> Callable[..., Cloner]:
     def build(kind: str = "diffusion", train: WindowDataset | None = None, seed: int = 0, **changes: Any) -> Cloner:
@@ -47,18 +54,32 @@ def weights(policy: Policy) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in policy.named_parameters()}
 
 
-class Spy:
-    """Keeps the windows that were asked for."""
+def learned_windows(cloner: Cloner) -> list[list[int]]:
+    """The numbers of the windows that a gaussian policy will have learned from, one list for each part of an update."""
+    seen: list[list[int]] = []
+    everything, _ = cloner.train.batch(torch.arange(len(cloner.train)))
+    exercise_loss = cloner.policy.exercise_loss
 
-    def __init__(self, dataset: WindowDataset) -> None:
-        self.dataset, self.batches = dataset, []
+    def spy(obs: Tensor, action: Tensor) -> Tensor:
+        seen.append((obs[:, None] == everything).all((2, 3)).int().argmax(1).tolist())
+        assert torch.equal(obs, everything[seen[-1]])
+        return exercise_loss(obs, action)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    cloner.policy.exercise_loss = spy  # type: ignore[method-assign]
+    return seen
 
-    def batch(self, indices: Tensor) -> Any:
-        self.batches.append(indices.tolist())
-        return self.dataset.batch(indices)
+
+def spied_rows(cloner: Cloner) -> list[int]:
+    """The number of rows of each part that the policy will have learned from."""
+    rows: list[int] = []
+    exercise_loss = cloner.policy.exercise_loss
+
+    def spy(*exercise: Tensor) -> Tensor:
+        rows.append(len(exercise[0]))
+        return exercise_loss(*exercise)
+
+    cloner.policy.exercise_loss = spy  # type: ignore[method-assign]
+    return rows
 
 
 # --- what is learned
@@ -120,22 +141,61 @@ def test_the_scaling_of_the_policy_is_part_of_the_average(make_cloner, small_pol
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 20])
 def test_every_epoch_covers_every_window_once(make_cloner, batch_size):
-    spy = Spy(windows())
-    cloner = make_cloner(train=spy, batch_size=batch_size, updates=100)
+    cloner = make_cloner("gaussian", batch_size=batch_size, updates=100)
+    batches = learned_windows(cloner)
     cloner.run(100)
-    assert {len(batch) for batch in spy.batches} == {batch_size}
-    seen = [index for batch in spy.batches for index in batch]
+    assert {len(batch) for batch in batches} == {batch_size}
+    assert len(batches) == 100
+    seen = [index for batch in batches for index in batch]
     epochs = [seen[start : start + 20] for start in range(0, len(seen) - 19, 20)]
     assert len(epochs) >= 5
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1], "in another order each time"
 
 
+@pytest.mark.parametrize("batch_size", [3, 8, 20])
+def test_what_is_prepared_ahead_covers_every_window_once_a_pass_in_random_order(make_cloner, batch_size):
+    cloner = make_cloner("gaussian", batch_size=batch_size)
+    everything, actions = cloner.train.batch(torch.arange(20))
+    seen = []
+    for _ in range(5):
+        cloner._prepare()
+        assert len(cloner.prepared) == PREPARED_UPDATES
+        for obs, action in cloner.prepared:
+            assert len(obs) == batch_size
+            indices = (obs[:, None] == everything).all((2, 3)).int().argmax(1)
+            assert torch.equal(obs, everything[indices])
+            assert torch.equal(action, actions[indices])
+            seen += indices.tolist()
+    assert sorted(seen + cloner.order.tolist()) == sorted([*range(20)] * -(-len(seen) // 20))
+    passes = [seen[start : start + 20] for start in range(0, len(seen) - 19, 20)]
+    assert all(sorted(one) == list(range(20)) for one in passes)
+    assert len({tuple(one) for one in passes}) == len(passes) >= 10, "never in the same order"
+
+
+def test_windows_are_prepared_only_when_none_are_left_and_used_in_order(make_cloner, monkeypatch):
+    cloner = make_cloner()
+    prepared = []
+    prepare = cloner._prepare
+
+    def spy() -> None:
+        assert cloner.prepared == []
+        prepare()
+        prepared.append(cloner.updates)
+
+    monkeypatch.setattr(cloner, "_prepare", spy)
+    for _ in range(35):
+        ahead = list(cloner.prepared)
+        cloner.run(1)
+        assert not ahead or cloner.prepared == ahead[1:]
+    assert prepared == [0, PREPARED_UPDATES, 2 * PREPARED_UPDATES]
+
+
 def test_a_batch_larger_than_the_data_is_the_data(make_cloner):
-    spy = Spy(windows())
-    cloner = make_cloner(train=spy, batch_size=256, updates=4)
+    cloner = make_cloner("gaussian", batch_size=256, updates=4)
+    batches = learned_windows(cloner)
     row = cloner.run(4)
-    assert [sorted(batch) for batch in spy.batches] == [list(range(20))] * 4
+    assert [sorted(batch) for batch in batches] == [list(range(20))] * 4
     assert row["epoch"] == 4.0
 
 
@@ -177,6 +237,54 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_other
     assert losses == same
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "categorical", "diffusion"])
+def test_the_number_of_threads_does_not_change_the_weights_by_a_single_bit(make_cloner, monkeypatch, kind):
+    monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", 6)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            data = discrete_windows() if kind == "categorical" else windows()
+            cloner = Cloner(
+                make_cloner(kind).policy, data, None, CloningConfig(**SETTINGS | {"batch_size": 20}), seed=0
+            )
+            rows = spied_rows(cloner)
+            found.append((cloner.run(5)["train_loss"], weights(cloner.policy), weights(cloner.averaged)))
+            assert rows == [5] * 20
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    (loss, *one), (same, *three) = found
+    assert loss == same
+    for ours, expected in zip(one, three, strict=True):
+        assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+def test_an_update_in_parts_is_that_of_the_whole(make_cloner, monkeypatch):
+    found = []
+    for size in (3, 100):
+        monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", size)
+        cloner = make_cloner()
+        rows = spied_rows(cloner)
+        found.append((cloner.run(3)["train_loss"], weights(cloner.averaged)))
+        assert rows == ([3, 3, 2] if size == 3 else [8]) * 3
+    (loss, in_parts), (expected, whole) = found
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, value in whole.items():
+        torch.testing.assert_close(in_parts[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_averaged_policy_is_views_of_the_average(make_cloner):
+    cloner = make_cloner()
+    cloner.run(3)
+    with torch.no_grad():
+        cloner.average.add_(1.0)
+    flat = torch.cat([value.detach().flatten() for value in cloner.averaged.parameters()])
+    assert torch.equal(flat, cloner.average)
+    assert not any(torch.equal(value, weights(cloner.policy)[name]) for name, value in weights(cloner.averaged).items())
 
 
 def test_the_number_of_updates_between_rows_does_not_change_the_weights(make_cloner):
@@ -222,7 +330,8 @@ def test_the_state_holds_what_a_continued_training_would_need(make_cloner):
     cloner = make_cloner()
     cloner.run(4)
     state = copy.deepcopy(cloner.state_dict())
-    assert set(state) == {"policy", "optimizer", "generator", "order", "updates"}
+    assert set(state) == {"policy", "optimizer", "generator", "order", "prepared", "updates"}
     assert all(torch.equal(state["policy"][name], value) for name, value in cloner.policy.state_dict().items())
     assert state["updates"] == 4
-    assert len(state["order"]) == 8
+    assert [[len(column) for column in exercise] for exercise in state["prepared"]] == [[8] * 4] * 12
+    assert len(state["order"]) == 7 * 20 - 16 * 8

@@ -53,6 +53,16 @@ def valid_rows(rollout: Rollout, count: int) -> list[list[tuple[Any, ...]]]:
 # --- transitions
 
 
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_rollout_refuses_a_storage_of_another_length_before_it_acts(small_policy, actor_of, steps):
+    policy = small_policy("gaussian")
+    actor = actor_of(policy)
+    heard: list[int] = []
+    with pytest.raises(ValueError, match=f"^a rollout of {steps} steps does not fit a storage of 5$"):
+        collect_rollout(actor, policy, steps, heard.append, storage=Storage.of(policy, 5, NUM_ENVS))
+    assert heard == []
+
+
 @pytest.mark.parametrize("history", [1, 3])
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_every_autoreset_mode_gives_the_same_valid_transitions(small_policy, actor_of, chunk, history):

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from dppo import threads as threads_module
-from dppo.threads import sample_in_parts, single_thread
+from dppo.threads import (
+    MOST_PARTS,
+    PRODUCTS_PER_GRADIENT_PART,
+    ROWS_PER_GRADIENT_PART,
+    rows_per_part,
+    sample_in_parts,
+    single_thread,
+)
 from policies import Policy, Sample
 
 KINDS = ("gaussian", "categorical", "diffusion")
@@ -68,7 +75,7 @@ def test_rows_dealt_out_to_threads_are_sampled_as_together_whatever_the_number_o
     parts = min(threads, ROWS)
     assert sorted(rows for rows, *_ in calls) == sorted(len(part) for part in obs.tensor_split(parts))
     if parts > 1:
-        assert all(name.startswith("sample") for _, name, _ in calls)
+        assert all(name.startswith("dppo") for _, name, _ in calls)
         assert {own for *_, own in calls} == {1}, "each part is computed on one thread"
     assert torch.get_num_threads() == 3
 
@@ -125,3 +132,44 @@ def test_a_single_thread_is_one_inside_and_what_was_before_outside_also_after_an
         assert torch.get_num_threads() == 1
         1 // 0  # noqa: B018
     assert torch.get_num_threads() == 3
+
+
+# --- minibatches in parts
+
+CPU = torch.device("cpu")
+SMALL, LARGE = 2_000, 5_000_000
+"""Parameters of a network that is not worth more than one thread up to `ROWS_PER_GRADIENT_PART` rows, and of one whose
+minibatches are."""
+
+
+@pytest.mark.parametrize("rows", [1, 100, 50_000])
+def test_a_minibatch_stays_whole_off_the_cpu(rows):
+    assert rows_per_part(rows, LARGE, torch.device("cuda")) == rows
+
+
+@pytest.mark.parametrize("products", [0, 1, SMALL, 300_000, LARGE])
+@pytest.mark.parametrize("rows", [1, 2, 7, 2499, 2500, 2501, 4999, 5001, 20_001, 123_457])
+def test_a_part_never_has_more_rows_than_fit_in_the_cache_and_parts_are_about_equal(rows, products):
+    size = rows_per_part(rows, products, CPU)
+    assert 1 <= size <= min(rows, ROWS_PER_GRADIENT_PART)
+    parts = -(-rows // size)
+    assert parts <= max(MOST_PARTS, -(-rows // ROWS_PER_GRADIENT_PART))
+    assert parts * size - rows < parts, "no part is much smaller than the others"
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1000, ROWS_PER_GRADIENT_PART])
+def test_a_minibatch_of_a_small_network_is_one_part(rows):
+    assert rows_per_part(rows, SMALL, CPU) == rows
+
+
+@pytest.mark.parametrize(("worth", "size"), [(0.9, 240), (1.9, 240), (2, 120), (3.5, 80), (8, 30), (100, 30)])
+def test_a_minibatch_has_as_many_parts_as_are_worth_a_thread(worth, size):
+    assert rows_per_part(240, int(worth * PRODUCTS_PER_GRADIENT_PART / 240), CPU) == size
+
+
+def test_the_size_of_a_part_does_not_depend_on_the_number_of_threads():
+    sizes = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        sizes.append([rows_per_part(rows, LARGE, CPU) for rows in (3, 100, 6000)])
+    assert sizes[0] == sizes[1]

@@ -287,6 +287,26 @@ def test_a_saved_policy_loads_as_the_same_policy(policy: Policy, tmp_path: Path)
     assert torch.equal(*laws)
 
 
+def test_an_exercise_holds_all_randomness_of_the_imitation_loss(policy: Policy) -> None:
+    obs = observations(policy)
+    action = demonstrated(policy, BATCH)
+    exercise = policy.imitation_exercise(obs, action, seeded(5))
+    expected = policy.imitation_loss(obs, action, seeded(5))
+    torch.manual_seed(9)
+    assert torch.equal(policy.exercise_loss(*exercise), expected)
+    assert torch.equal(policy.exercise_loss(*exercise), expected), "again and again"
+
+
+def test_the_loss_of_an_exercise_is_the_mean_of_its_parts_weighted_by_their_rows(policy: Policy) -> None:
+    exercise = policy.imitation_exercise(observations(policy), demonstrated(policy, BATCH), seeded(5))
+    assert {len(column) for column in exercise} == {BATCH}
+    assert not any(column.requires_grad for column in exercise)
+    sizes = [1, 9, 6]
+    parts = zip(*(column.split(sizes) for column in exercise), strict=True)
+    losses = [policy.exercise_loss(*part) * size / BATCH for part, size in zip(parts, sizes, strict=True)]
+    torch.testing.assert_close(sum(losses), policy.exercise_loss(*exercise), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("source", ["transition", "imitation_loss"])
 def test_a_gradient_reaches_every_trained_parameter_and_no_frozen_one(policy: Policy, source: str) -> None:
     obs = observations(policy, 64)

@@ -1,7 +1,8 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from policies import Policy, UserError
 
 CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
 KINDS = ("gaussian", "categorical", "diffusion")
+COMPILERS = ("c++", "g++", "clang++")
 
 
 @pytest.fixture
@@ -31,6 +33,35 @@ def make_trainer(small_policy: Callable[..., Policy], task_of: Callable) -> Call
         return Trainer(policy, task_of(kind), size, PPOConfig(**algo), CRITIC)
 
     return build
+
+
+Updated = tuple[dict[str, Tensor], list[dict[str, float | None]]]
+
+
+@pytest.fixture
+def updated() -> Callable[..., Updated]:
+    """The weights of copies of a trainer's policy and critic after an update on each batch, and the metrics."""
+
+    def update(trainer: Trainer, batches: list[Batch], config: PPOConfig) -> Updated:
+        policy, critic = copy.deepcopy(trainer.policy), copy.deepcopy(trainer.critic)
+        assert isinstance(critic, Critic)
+        ppo = PPO(config, policy, critic, torch.Generator().manual_seed(3))
+        metrics = [ppo.update(batch, progress=0.0, iteration=i) for i, batch in enumerate(batches)]
+        return with_critic(policy, critic), metrics
+
+    return update
+
+
+def with_critic(policy: nn.Module, critic: nn.Module) -> dict[str, Tensor]:
+    return {**weights(policy), **{f"critic.{name}": value for name, value in weights(critic).items()}}
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def rollout_batch(trainer: Trainer) -> Batch:
@@ -53,7 +84,10 @@ def pairs_at(batch: Batch, rows: Tensor, step: int = 0) -> Pairs:
 
 
 class Spy:
-    """Keeps what an update rule's losses were asked for of a `numbered` batch, and what they answered."""
+    """Keeps what an update rule's losses were asked for of a `numbered` batch, and what they answered.
+
+    Only advantages that are not normalised tell the rows.
+    """
 
     def __init__(self, ppo: PPO) -> None:
         self.pairs: list[list[tuple[int, int]]] = []
@@ -61,10 +95,11 @@ class Spy:
         self.results: list[PolicyLoss] = []
         policy_loss, value_loss = ppo.policy_loss, ppo.value_loss
 
-        def spied_policy_loss(pairs: Pairs, advantages: Tensor | None = None) -> PolicyLoss:
+        def spied_policy_loss(pairs: Pairs) -> PolicyLoss:
             self.pairs.append(list(zip(pairs.advantages.tolist(), pairs.step.tolist(), strict=True)))
-            self.results.append(policy_loss(pairs, advantages))
-            return self.results[-1]
+            result = policy_loss(pairs)
+            self.results.append(PolicyLoss(result.losses.detach(), result.log_ratios.detach(), result.clip))
+            return result
 
         def spied_value_loss(targets: Targets) -> Tensor:
             self.rows.append(targets.returns.tolist())
@@ -78,7 +113,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def clip_fraction(result: PolicyLoss) -> float:
-    return result.detached().metrics()[2].item()
+    return result.metrics()[2].item()
 
 
 def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
@@ -151,14 +186,39 @@ def test_a_chain_without_a_base_range_has_the_same_range_at_every_step(make_trai
     assert make_trainer("diffusion", clip=0.03).update_rule.clip_ranges.tolist() == pytest.approx([0.03] * 3)
 
 
-def test_advantages_are_normalised_in_each_minibatch(make_trainer):
-    trainer = make_trainer("gaussian")
-    batch = rollout_batch(trainer)
-    scaled = Batch(**{**vars(batch), "advantages": 100 + 7 * batch.advantages})
-    rows = torch.arange(10)
-    losses = [trainer.update_rule.policy_loss(pairs_at(b, rows)).losses for b in (batch, scaled)]
+def test_advantages_are_normalised_in_each_minibatch(make_trainer, monkeypatch):
+    monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", 6)  # over all parts of it
+    losses = []
+    for shift, scale in ((0, 1), (100, 7)):
+        trainer = make_trainer("gaussian", epochs=1, batch_size=16)
+        spy = Spy(trainer.update_rule)
+        batch = rollout_batch(trainer)
+        batch = dataclasses.replace(batch, advantages=shift + scale * batch.advantages)
+        trainer.update_rule.update(batch, progress=0.0, iteration=0)
+        assert [len(part) for part in spy.pairs] == [6, 6, 4] * 2
+        for minibatch in (spy.pairs[:3], spy.pairs[3:]):
+            advantages = torch.tensor([advantage for part in minibatch for advantage, _ in part])
+            assert advantages.mean().item() == pytest.approx(0, abs=1e-4)
+            assert advantages.std().item() == pytest.approx(1, rel=0.05)
+        losses.append(torch.cat([result.losses for result in spy.results]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
-    assert trainer.update_rule.policy_loss(pairs_at(batch, rows[:1])).losses.item() == 0.0
+
+
+def test_a_minibatch_of_a_single_pair_has_no_advantage_over_itself(make_trainer):
+    trainer = make_trainer("gaussian", epochs=1, batch_size=1)
+    spy = Spy(trainer.update_rule)
+    before = weights(trainer.policy)
+    trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+    assert [result.losses.tolist() for result in spy.results] == [[0.0]] * 32
+    assert changed(before, trainer.policy) == set()
+
+
+def test_without_normalisation_advantages_are_taken_as_they_are(make_trainer):
+    trainer = make_trainer("gaussian", epochs=1, normalize_advantages=False)
+    spy = Spy(trainer.update_rule)
+    batch = rollout_batch(trainer)
+    trainer.update_rule.update(batch, progress=0.0, iteration=0)
+    assert sorted(advantage for advantage, _ in spy.pairs[0]) == sorted(batch.advantages.tolist())
 
 
 # --- what an update covers
@@ -167,7 +227,7 @@ def test_advantages_are_normalised_in_each_minibatch(make_trainer):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 19, 31, 32, 95, 96, 10_000])
 def test_every_pair_is_seen_once_an_epoch_and_so_is_every_row_by_the_critic(make_trainer, kind, batch_size):
-    trainer = make_trainer(kind, epochs=2, batch_size=batch_size, learning_rate=1e-5)
+    trainer = make_trainer(kind, epochs=2, batch_size=batch_size, learning_rate=1e-5, normalize_advantages=False)
     spy = Spy(trainer.update_rule)
     batch = numbered(rollout_batch(trainer))
     trainer.update_rule.update(batch, progress=0.0, iteration=0)
@@ -182,7 +242,7 @@ def test_every_pair_is_seen_once_an_epoch_and_so_is_every_row_by_the_critic(make
 
 
 def test_epochs_are_shuffled_anew(make_trainer):
-    trainer = make_trainer("gaussian", epochs=2, batch_size=64)
+    trainer = make_trainer("gaussian", epochs=2, batch_size=64, normalize_advantages=False)
     spy = Spy(trainer.update_rule)
     trainer.update_rule.update(numbered(rollout_batch(trainer)), progress=0.0, iteration=0)
     first, second = spy.pairs
@@ -210,7 +270,7 @@ def test_metrics_are_over_all_pairs_seen_also_where_the_target_kl_cut_an_epoch_s
     metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
     assert len(spy.results) > 10, "more than an epoch"
     assert len(spy.results) % 10 != 0, "and part of another"
-    whole = PolicyLoss.joined([result.detached() for result in spy.results]).metrics().tolist()
+    whole = PolicyLoss.joined(spy.results).metrics().tolist()
     assert [metrics[name] for name in ("policy_loss", "approx_kl", "clip_fraction")] == pytest.approx(whole, rel=1e-4)
     assert all(value != 0 for value in whole)
 
@@ -275,15 +335,55 @@ def test_both_learning_rates_follow_the_schedule(make_trainer, schedule, factor)
 def test_a_minibatch_in_parts_gives_the_step_of_the_whole(make_trainer, monkeypatch):
     steps = []
     for size in (7, 10_000):
-        monkeypatch.setattr("dppo.updates.ppo.MICRO_BATCH", size)
+        monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", size)
         trainer = make_trainer("diffusion", batch_size=50)
+        spy = Spy(trainer.update_rule)
         metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
-        steps.append((weights(trainer.policy), metrics))
+        assert max(len(pairs) for pairs in spy.pairs) == min(size, 48)
+        assert max(len(rows) for rows in spy.rows) == (6 if size == 7 else 16)
+        steps.append((with_critic(trainer.policy, trainer.critic), metrics))
     (in_parts, metrics), (whole, expected) = steps
     for name, weight in in_parts.items():
         torch.testing.assert_close(weight, whole[name], rtol=1e-4, atol=1e-6)
-    for name in ("policy_loss", "approx_kl", "clip_fraction"):
+    for name in ("policy_loss", "approx_kl", "clip_fraction", "value_loss"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-7), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_does_not_depend_on_the_number_of_threads_to_the_last_bit(
+    make_trainer, updated, torch_threads, monkeypatch, kind
+):
+    monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", 7)
+    trainer = make_trainer(kind, batch_size=20)
+    batch = rollout_batch(trainer)
+    results = []
+    for threads in (1, 3):
+        torch_threads(threads)
+        results.append(updated(trainer, [batch], trainer.algo))
+        assert torch.get_num_threads() == threads
+    (one, metrics), (three, same) = results
+    assert all(torch.equal(one[name], three[name]) for name in one)
+    assert metrics == same
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"torch.compile needs one of {COMPILERS}")
+@pytest.mark.parametrize("kind", ["gaussian", pytest.param("diffusion", marks=pytest.mark.slow)])
+def test_a_compiled_update_is_the_same(make_trainer, updated, kind):
+    """Two updates, with weights that change from step to step, and minibatches of 7 and of 6 pairs."""
+    algo = {"epochs": 2, "batch_size": 7, "learning_rate": 3e-3, "log_prob_clamp": (-5, 2), "value_clip": 0.3}
+    trainer = make_trainer(kind, **algo)
+    batches = [rollout_batch(trainer) for _ in range(2)]
+    results = []
+    for compiled in (False, True):
+        config = dataclasses.replace(trainer.algo, compile=compiled)
+        results.append(updated(trainer, batches, config))
+    (eager, metrics), (compiled, same) = results
+    before = with_critic(trainer.policy, trainer.critic)
+    assert any(not torch.equal(eager[name], before[name]) for name in before)
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for ours, expected in zip(same, metrics, strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize(("field", "what"), [("advantages", "policy"), ("returns", "critic")])
@@ -298,16 +398,11 @@ def test_a_loss_that_is_not_finite_is_an_error_and_destroys_no_parameters(make_t
     assert all(parameter.isfinite().all() for parameter in trainer.policy.parameters())
 
 
-def test_the_same_generator_gives_the_same_update(make_trainer):
+def test_the_same_generator_gives_the_same_update(make_trainer, updated):
     trainer = make_trainer("diffusion", batch_size=16)
     batch = rollout_batch(trainer)
-    results = []
-    for _ in range(2):
-        policy, critic = copy.deepcopy(trainer.policy), copy.deepcopy(trainer.critic)
-        assert isinstance(critic, Critic)
-        PPO(trainer.algo, policy, critic, torch.Generator().manual_seed(3)).update(batch, progress=0.0, iteration=0)
-        results.append({**weights(policy), **weights(critic)})
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    (first, _), (again, _) = (updated(trainer, [batch], trainer.algo) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"batch_size": 0}])

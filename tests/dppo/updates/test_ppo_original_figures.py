@@ -1,5 +1,7 @@
 """The losses and gradients of PPO are those that the original DPPO implementation was recorded with."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from original import CASES, Figures, new_name
@@ -38,7 +40,8 @@ def recorded_ppo(figures: Figures) -> tuple[PPO, Pairs, Targets]:
     )
     each = torch.arange(len(batch))  # one row per pair
     ppo = PPO(config, policy, critic, torch.Generator())
-    return ppo, batch.pairs(each * batch.num_steps + steps), batch.targets(each)
+    pairs = batch.pairs(each * batch.num_steps + steps)
+    return ppo, replace(pairs, advantages=ppo._advantages(pairs)), batch.targets(each)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,7 +68,7 @@ def test_the_value_loss_is_the_recorded_one(case: str) -> None:
 def test_the_gradient_of_the_policy_loss_is_the_recorded_one(case: str) -> None:
     figures = Figures(case)
     ppo, pairs, _ = recorded_ppo(figures)
-    gradient = ppo.actor_optimizer.gradient(ppo.policy_loss(pairs).losses.mean())
+    gradient, _ = ppo._actor_gradient(ppo._parts(pairs, ppo.actor_optimizer))
     recorded = figures.renamed("grad.actor.")
     names, parameters = zip(*ppo.policy.network.named_parameters(), strict=True)
     parts = gradient.split([parameter.numel() for parameter in parameters])
