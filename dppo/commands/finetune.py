@@ -77,7 +77,7 @@ def _plan(config: Mapping[str, Any], trainer: Trainer, device: torch.device) -> 
     """What is about to be done, in a line."""
     size, policy = trainer.config, trainer.policy
     per_iteration = size.num_envs * size.rollout_steps * policy.config.executed_chunk
-    stepped = trainer.actor.env.env.metadata.get("stepped", "one after the other")
+    stepped = getattr(trainer.actor.env.env, "stepped", "one after the other")
     steps = f"the last {policy.num_steps} steps of a " if policy.num_steps > 1 else "a "
     return (
         f"fine-tuning {steps}{policy.type} policy ({config['checkpoint']}) on {trainer.task.name}: {size.env_steps:,} "

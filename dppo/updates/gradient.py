@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -11,6 +14,9 @@ from torch.func import functional_call, grad_and_value
 
 from dppo.threads import map_in_threads
 from dppo.updates.optimizer import FlatAdamW
+from policies import UserError
+
+COMPILERS = ("g++", "c++", "clang++")
 
 Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
@@ -24,9 +30,12 @@ class MeanGradient(Generic[Inputs, Result]):
     def __init__(
         self, loss: Loss[Inputs, Result], optimizer: FlatAdamW, *, threads: int, compiled: nn.Module | None = None
     ) -> None:
-        """``compiled`` is the module with the optimiser's parameters, if the gradient is to be compiled."""
+        """``compiled`` is the module with the optimiser's parameters, if the gradient is to be compiled.
+
+        That is for small networks: the parts are then computed one after the other.
+        """
         self._optimizer = optimizer
-        self._threads = threads
+        self._threads = threads if compiled is None else 1  # compiling swaps the module's parameters for a moment
         self._buffers: list[Tensor] = []  # allocated once: the system takes long to hand out fresh memory
         self._compute = _eager(loss, optimizer) if compiled is None else _compiled(loss, optimizer, compiled)
 
@@ -66,21 +75,25 @@ def _eager(loss: Loss[Any, Any], optimizer: FlatAdamW) -> Compute:
 
 def _compiled(loss: Loss[Any, Any], optimizer: FlatAdamW, module: nn.Module) -> Compute:
     """The whole gradient as one function of the parameters, without a graph of autograd at run time."""
+    if not ("CXX" in os.environ or any(map(shutil.which, COMPILERS))):
+        raise UserError(f"compile needs a C++ compiler (one of {', '.join(COMPILERS)}, or what CXX names)")
     holder = _Holder(module, loss)
     parameters = {name: value for name, value in holder.named_parameters() if value.requires_grad}
 
     def value_of(parameters: dict[str, Tensor], inputs: Any) -> tuple[Tensor, Any]:
         return functional_call(holder, parameters, (inputs,))
 
-    @torch.compile(dynamic=True)
     def gradient_of(parameters: dict[str, Tensor], inputs: Any) -> tuple[Tensor, Any]:
         gradients, (_, result) = grad_and_value(value_of, has_aux=True)(parameters, inputs)
         return torch.cat([gradients[name].flatten() for name in parameters]), result
 
+    # The compiler keeps and limits its versions of a function by code object, and this one is made again and again.
+    own = FunctionType(gradient_of.__code__.replace(), globals(), "gradient_of", None, gradient_of.__closure__)
+    compiled = torch.compile(own, dynamic=True)
     values = {name: value.detach() for name, value in parameters.items()}  # views: they follow every step
 
     def compute(inputs: Any, gradient: Tensor) -> Any:
-        computed, result = gradient_of(values, inputs)
+        computed, result = compiled(values, inputs)
         gradient.copy_(computed)
         return result
 

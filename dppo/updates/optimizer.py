@@ -82,8 +82,8 @@ class FlatAdamW:
 
 
 def flatten(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """[P]: the parameters end to end; they become views of it."""
-    parameters = list(parameters)
+    """[P]: the parameters that require a gradient, end to end; they become views of it."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.data = part.view_as(parameter)

@@ -51,10 +51,12 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             num_envs: N.
             threads: how many simulate at once.
         """
+        self.stepped = "natively"
+        """How, for people to read."""
         inner: Any = env.unwrapped
         assert isinstance(env.action_space, Box) and env.observation_space.shape is not None
         self.num_envs = num_envs
-        self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP, "stepped": "natively"}
+        self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = None
         self.single_observation_space, self.single_action_space = env.observation_space, env.action_space
         self.observation_space = batch_space(env.observation_space, num_envs)

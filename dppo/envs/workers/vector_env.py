@@ -57,7 +57,8 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._records = map_records(memory, kind, num_envs)  # [N]
             blocks = _blocks(num_envs, min(workers, num_envs))
             self._workers.extend(WorkerProcess(rows, memory) for rows in blocks)
-            self.metadata["stepped"] = f"in {len(blocks)} worker processes"
+            self.stepped = f"in {len(blocks)} worker processes"
+            """How, for people to read."""
             self._ask(Assignment(constructor, rows, num_envs, kind) for rows in blocks)
         except BaseException:
             self.close()

@@ -15,12 +15,12 @@ from dppo.rollout import collect_rollout
 from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch, Pairs, Targets
+from dppo.updates.gradient import COMPILERS
 from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig
 from policies import Policy, UserError
 
 CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
 KINDS = ("gaussian", "categorical", "diffusion")
-COMPILERS = ("c++", "g++", "clang++")
 
 
 @pytest.fixture
@@ -368,8 +368,10 @@ def test_an_update_does_not_depend_on_the_number_of_threads_to_the_last_bit(
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"torch.compile needs one of {COMPILERS}")
 @pytest.mark.parametrize("kind", ["gaussian", pytest.param("diffusion", marks=pytest.mark.slow)])
-def test_a_compiled_update_is_the_same(make_trainer, updated, kind):
-    """Two updates, with weights that change from step to step, and minibatches of 7 and of 6 pairs."""
+def test_a_compiled_update_is_the_same(make_trainer, updated, torch_threads, monkeypatch, kind):
+    """Two updates, with weights that change from step to step, and minibatches of 7 and of 6 pairs in two parts."""
+    monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", 5)
+    torch_threads(3)
     algo = {"epochs": 2, "batch_size": 7, "learning_rate": 3e-3, "log_prob_clamp": (-5, 2), "value_clip": 0.3}
     trainer = make_trainer(kind, **algo)
     batches = [rollout_batch(trainer) for _ in range(2)]
@@ -384,6 +386,13 @@ def test_a_compiled_update_is_the_same(make_trainer, updated, kind):
         torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     for ours, expected in zip(same, metrics, strict=True):
         assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match="compile needs a C\\+\\+ compiler"):
+        make_trainer("gaussian", compile=True)
 
 
 @pytest.mark.parametrize(("field", "what"), [("advantages", "policy"), ("returns", "critic")])
