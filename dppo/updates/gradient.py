@@ -78,22 +78,23 @@ def _compiled(loss: Loss[Any, Any], optimizer: FlatAdamW, module: nn.Module) -> 
     if not ("CXX" in os.environ or any(map(shutil.which, COMPILERS))):
         raise UserError(f"compile needs a C++ compiler (one of {', '.join(COMPILERS)}, or what CXX names)")
     holder = _Holder(module, loss)
-    parameters = {name: value for name, value in holder.named_parameters() if value.requires_grad}
+    shapes = {name: value.shape for name, value in holder.named_parameters() if value.requires_grad}
 
-    def value_of(parameters: dict[str, Tensor], inputs: Any) -> tuple[Tensor, Any]:
-        return functional_call(holder, parameters, (inputs,))
+    def value_of(flat: Tensor, kind: type, columns: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return functional_call(holder, parameters, (kind(*columns),))
 
-    def gradient_of(parameters: dict[str, Tensor], inputs: Any) -> tuple[Tensor, Any]:
-        gradients, (_, result) = grad_and_value(value_of, has_aux=True)(parameters, inputs)
-        return torch.cat([gradients[name].flatten() for name in parameters]), result
+    def gradient_of(flat: Tensor, kind: type, *columns: Tensor) -> tuple[Tensor, Any]:
+        gradient, (_, result) = grad_and_value(value_of, has_aux=True)(flat, kind, columns)
+        return gradient, result
 
     # The compiler keeps and limits its versions of a function by code object, and this one is made again and again.
     own = FunctionType(gradient_of.__code__.replace(), globals(), "gradient_of", None, gradient_of.__closure__)
     compiled = torch.compile(own, dynamic=True)
-    values = {name: value.detach() for name, value in parameters.items()}  # views: they follow every step
 
     def compute(inputs: Any, gradient: Tensor) -> Any:
-        computed, result = compiled(values, inputs)
+        computed, result = compiled(optimizer.flat, type(inputs), *vars(inputs).values())
         gradient.copy_(computed)
         return result
 

@@ -34,10 +34,10 @@ def measure(task: str, options: Options) -> dict[str, Any]:
     precisions = options.precisions
     overrides = {precision: [*settings, f"algo.precision={precision}"] for precision in precisions}
     for precision in precisions:
-        warm_up = _trainer([*overrides[precision], "rollout_steps=10"])
+        warm_up = build_trainer([*overrides[precision], "rollout_steps=10"])
         warm_up.iterate()
         warm_up.close()
-    trainers = {precision: _trainer(overrides[precision]) for precision in precisions}
+    trainers = {precision: build_trainer(overrides[precision]) for precision in precisions}
     limits = _limits(compose_config("finetune", settings), precisions)
     turns: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for turn in range(options.turns_or(3)):
@@ -60,7 +60,8 @@ def _limits(config: dict[str, Any], precisions: Sequence[str]) -> dict[str, dict
     return {precision: {**shared, "update": ProductLimit(SHAPES["update"], precision).rate} for precision in precisions}
 
 
-def _trainer(overrides: list[str]) -> Trainer:
+def build_trainer(overrides: list[str]) -> Trainer:
+    """A policy from scratch with these settings of `dppo finetune`."""
     config = compose_config("finetune", overrides)
     task = build_task(config)
     torch.manual_seed(0)

@@ -74,7 +74,7 @@ def test_an_iterations_work_and_fractions_are_those_of_a_hand_calculation() -> N
 
 
 def test_the_paper_setting_is_what_the_tables_say() -> None:
-    trainer = dppo_iteration._trainer(["experiment=paper_hopper", "task=halfcheetah", "checkpoint=scratch"])
+    trainer = dppo_iteration.build_trainer(["experiment=paper_hopper", "task=halfcheetah", "checkpoint=scratch"])
     trainer.close()
     assert trainer.task.env_id == "HalfCheetah-v5"
     assert (trainer.config.num_envs, trainer.config.rollout_steps, trainer.policy.num_steps) == (40, 500, 10)
