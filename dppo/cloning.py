@@ -15,7 +15,7 @@ from torch import Tensor
 from dppo.data.demos import WindowDataset
 from dppo.output.metrics import Row
 from dppo.precision import Precision, computing_in
-from dppo.threads import rows_per_part
+from dppo.threads import rows_per_part, single_thread
 from dppo.updates.gradient import MeanGradient
 from dppo.updates.optimizer import FlatAdamW, flatten
 from dppo.updates.schedule import schedule_factor
@@ -80,7 +80,7 @@ class Cloner:
         """The policy with averaged weights."""
         self.average = flatten(self.averaged.parameters())
         """[P], the weights themselves."""
-        self._gradient = MeanGradient(self._loss, self.optimizer, threads=torch.get_num_threads())
+        self._gradient = MeanGradient(self._loss, policy, self.optimizer, threads=torch.get_num_threads())
         seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(3)]
         self.generator = torch.Generator(self.device).manual_seed(seeds[0])
         self.validation_seed = seeds[1]
@@ -91,6 +91,7 @@ class Cloner:
         self.updates = 0
         self.wall_clock_s = 0.0
 
+    @single_thread()
     def run(self, updates: int, on_update: Callable[[int], None] = lambda updates: None) -> Row:
         """Up to ``updates`` more gradient steps; a row of metrics about them.
 

@@ -7,8 +7,9 @@ which runs torch on one thread, and which meet once all is done.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -50,12 +51,17 @@ def map_in_threads(function: Callable[[Part], Result], parts: Sequence[Part], th
     with single_thread():
         if len(parts) == 1 or threads == 1:
             return [function(part) for part in parts]
-        return list(_pool(threads).map(function, parts))
+        futures = [_pool(threads).submit(function, part) for part in parts]
+        wait(futures)  # also for those after one that failed: they may write where the next call does
+        return [future.result() for future in futures]
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "dppo", initializer=torch.set_num_threads, initargs=(1,))
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool, but not its threads
 
 
 def sample_in_parts(policy: Policy, obs: Tensor, noise: Tensor, *, deterministic: bool, threads: int) -> Sample:

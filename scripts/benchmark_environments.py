@@ -2,7 +2,7 @@
 
 Random actions, through a `Stepper`. MuJoCo environments of Gymnasium have a native one here. Their limit is one call of
 `mujoco.rollout` for all environments that looks at nothing, with the states and actions of the native ones. All others
-are compared with worker processes, Gymnasium's (one per environment) and those of this package (one per processor).
+are compared with worker processes, Gymnasium's (one per environment) and those of this package (`--threads` of them).
 Whatever is compared takes turns, so that it shares the moods of the machine. The tables have medians of the turns, for
 the ratios too, and the seconds until the first step could be made.
 

@@ -23,12 +23,12 @@ from throughput.dppo_iteration import build_trainer, useful_flops
 from throughput.options import medians, say
 from throughput.report import table
 
-BASE = ("experiment=paper_hopper", "checkpoint=scratch", "rollout_steps=25", "algo.epochs=1")
+BASE = ("experiment=paper_hopper", "checkpoint=scratch", "rollout_steps=25", "algo.batch_size=10_000", "algo.epochs=1")
 AXES: dict[str, tuple[int, ...]] = {
     "num_envs": (10, 20, 40, 80, 160),
     "policy.chunk": (1, 2, 4, 8, 16),
     "policy.finetuned_steps": (1, 2, 5, 10, 20),
-    "algo.batch_size": (100, 500, 2500, 10_000, 50_000),
+    "algo.batch_size": (100, 300, 1000, 3000, 10_000),
     "width": (128, 256, 512, 1024),
 }
 PHASES = ("environment", "sampling", "update")

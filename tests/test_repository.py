@@ -15,7 +15,10 @@ def test_every_pinned_package_comes_from_a_registry() -> None:
     assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "dppo/pretrained/README.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/performance.md", "dppo/pretrained/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_relative_link_leads_somewhere(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())

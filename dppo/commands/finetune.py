@@ -77,12 +77,11 @@ def _plan(config: Mapping[str, Any], trainer: Trainer, device: torch.device) -> 
     """What is about to be done, in a line."""
     size, policy = trainer.config, trainer.policy
     per_iteration = size.num_envs * size.rollout_steps * policy.config.executed_chunk
-    stepped = getattr(trainer.actor.env.env, "stepped", "one after the other")
     steps = f"the last {policy.num_steps} steps of a " if policy.num_steps > 1 else "a "
     return (
         f"fine-tuning {steps}{policy.type} policy ({config['checkpoint']}) on {trainer.task.name}: {size.env_steps:,} "
         f"environment steps in iterations of {per_iteration:,} (kept in {trainer.storage.nbytes / 2**20:,.1f} MiB), "
-        f"{size.num_envs} environments stepped {stepped}, {device}, {torch.get_num_threads()} threads"
+        f"{size.num_envs} environments stepped {trainer.actor.env.stepped}, {device}, {torch.get_num_threads()} threads"
     )
 
 

@@ -60,6 +60,11 @@ class Stepper:
         """N."""
         return self.env.num_envs
 
+    @property
+    def stepped(self) -> str:
+        """How the environments are stepped, for people to read."""
+        return getattr(self.env, "stepped", "one after the other")
+
     def reset(self, seed: int | None = None) -> np.ndarray:
         """Start an episode in every environment; environment i is seeded with seed + i.
 

@@ -16,8 +16,6 @@ from dppo.threads import map_in_threads
 from dppo.updates.optimizer import FlatAdamW
 from policies import UserError
 
-COMPILERS = ("g++", "c++", "clang++")
-
 Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
 Loss = Callable[[Inputs], tuple[Tensor, Result]]
@@ -28,16 +26,22 @@ class MeanGradient(Generic[Inputs, Result]):
     """Of a loss by all parameters of an optimiser; a minibatch's is the mean of its parts', weighted by their rows."""
 
     def __init__(
-        self, loss: Loss[Inputs, Result], optimizer: FlatAdamW, *, threads: int, compiled: nn.Module | None = None
+        self,
+        loss: Loss[Inputs, Result],
+        module: nn.Module,
+        optimizer: FlatAdamW,
+        *,
+        threads: int,
+        compile: bool = False,
     ) -> None:
-        """``compiled`` is the module with the optimiser's parameters, if the gradient is to be compiled.
+        """The optimiser has the parameters of ``module``.
 
-        That is for small networks: the parts are then computed one after the other.
+        ``compile`` is for small networks: the parts are then computed one after the other.
         """
         self._optimizer = optimizer
-        self._threads = threads if compiled is None else 1  # compiling swaps the module's parameters for a moment
+        self._threads = 1 if compile else threads  # compiling swaps the module's parameters for a moment
         self._buffers: list[Tensor] = []  # allocated once: the system takes long to hand out fresh memory
-        self._compute = _eager(loss, optimizer) if compiled is None else _compiled(loss, optimizer, compiled)
+        self._compute = _compiled(loss, module, optimizer) if compile else _eager(loss, optimizer)
 
     def __call__(self, parts: Sequence[tuple[Inputs, float]]) -> tuple[Tensor, list[Result]]:
         """The gradient [P], valid until the next call, and the results of the parts.
@@ -73,20 +77,21 @@ def _eager(loss: Loss[Any, Any], optimizer: FlatAdamW) -> Compute:
     return compute
 
 
-def _compiled(loss: Loss[Any, Any], optimizer: FlatAdamW, module: nn.Module) -> Compute:
+def _compiled(loss: Loss[Any, Any], module: nn.Module, optimizer: FlatAdamW) -> Compute:
     """The whole gradient as one function of the parameters, without a graph of autograd at run time."""
-    if not ("CXX" in os.environ or any(map(shutil.which, COMPILERS))):
-        raise UserError(f"compile needs a C++ compiler (one of {', '.join(COMPILERS)}, or what CXX names)")
+    compiler = os.environ.get("CXX", "g++")  # the one that torch.compile will call
+    if shutil.which(compiler) is None:
+        raise UserError(f"compile needs a C++ compiler, and {compiler} is not there; install it, or name one in CXX")
     holder = _Holder(module, loss)
     shapes = {name: value.shape for name, value in holder.named_parameters() if value.requires_grad}
 
-    def value_of(flat: Tensor, kind: type, columns: Sequence[Tensor]) -> tuple[Tensor, Any]:
+    def value_of(flat: Tensor, record: type, columns: Sequence[Tensor]) -> tuple[Tensor, Any]:
         parts = flat.split([shape.numel() for shape in shapes.values()])
         parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        return functional_call(holder, parameters, (kind(*columns),))
+        return functional_call(holder, parameters, (record(*columns),))
 
-    def gradient_of(flat: Tensor, kind: type, *columns: Tensor) -> tuple[Tensor, Any]:
-        gradient, (_, result) = grad_and_value(value_of, has_aux=True)(flat, kind, columns)
+    def gradient_of(flat: Tensor, record: type, *columns: Tensor) -> tuple[Tensor, Any]:
+        gradient, (_, result) = grad_and_value(value_of, has_aux=True)(flat, record, columns)
         return gradient, result
 
     # The compiler keeps and limits its versions of a function by code object, and this one is made again and again.

@@ -60,6 +60,8 @@ class FlatAdamW:
         Raises:
             UserError: the loss or its gradient is not finite; no step is taken.
         """
+        if self.parameters[0].data_ptr() != self.flat.data_ptr():
+            raise RuntimeError("the parameters are no views of the optimiser's any more: were they moved or replaced?")
         norm = None
         if loss is not None:
             self._check(loss, "loss")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from dppo.advantages import explained_variance, inner_discount, normalized
 from dppo.critic import Critic
 from dppo.precision import Precision, computing_in
 from dppo.surrogates import LogRatio, approximate_kl, clip_ranges, clipped_loss, log_ratio, value_loss
-from dppo.threads import rows_per_part
+from dppo.threads import rows_per_part, single_thread
 from dppo.updates.batch import Batch, Pairs, Record, Targets, minibatches, split
 from dppo.updates.gradient import MeanGradient
 from dppo.updates.optimizer import FlatAdamW
@@ -140,13 +139,9 @@ class PPO:
             max_grad_norm=config.max_grad_norm,
             what="critic",
         )
-        threads, compiled = torch.get_num_threads(), config.compile
-        self._actor_gradient = MeanGradient(
-            self._actor_loss, self.actor_optimizer, threads=threads, compiled=policy if compiled else None
-        )
-        self._critic_gradient = MeanGradient(
-            self._critic_loss, self.critic_optimizer, threads=threads, compiled=critic if compiled else None
-        )
+        how = {"threads": torch.get_num_threads(), "compile": config.compile}
+        self._actor_gradient = MeanGradient(self._actor_loss, policy, self.actor_optimizer, **how)
+        self._critic_gradient = MeanGradient(self._critic_loss, critic, self.critic_optimizer, **how)
         device = next(policy.parameters()).device
         base = config.clip if config.clip_base is None else config.clip_base
         self.clip_ranges = clip_ranges(policy.num_steps, base, config.clip, config.clip_rate).to(device)  # [K]
@@ -183,6 +178,7 @@ class PPO:
         values = self.critic(self.policy.normalize_obs(targets.obs))
         return value_loss(values, targets.returns, targets.values, self.config.value_clip)
 
+    @single_thread()
     def update(self, batch: Batch, *, progress: float, iteration: int) -> dict[str, float | None]:
         """One policy update; its metrics.
 
@@ -206,12 +202,13 @@ class PPO:
         for _ in range(self.config.epochs):
             # Where minibatches are smaller than K, there are fewer of the critic's.
             of_critic = minibatches(batch.targets, len(batch), min(count, len(batch)), self.generator)
-            of_actor = minibatches(batch.pairs, num_pairs, count, self.generator) if train_actor else ()
+            of_actor = minibatches(batch.pairs, num_pairs, count, self.generator)
             seen: list[PolicyLoss] = []
-            for pairs, targets in zip_longest(of_actor, of_critic):
-                if train_actor and pairs is not None:
-                    train_actor = self._actor_step(pairs, seen)
+            for _ in range(count):
+                if train_actor:
+                    train_actor = self._actor_step(next(of_actor), seen)
                     actor_steps += train_actor
+                targets = next(of_critic, None)
                 if targets is not None:
                     value_losses.append(self._critic_step(targets))
             if seen:

@@ -70,6 +70,16 @@ class ResidualBlock(nn.Module):
         return lambda x: x + l2(activation(l1(activation(x))))
 
 
+class OutputLayer(nn.Linear):
+    """A linear layer in float32, inside autocast too: neither means and logits are rounded nor their likelihoods."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class MLP(nn.Module):
     """``trunk(input(x))``: the first layer stands apart so that a caller can compute its shares separately."""
 
@@ -84,7 +94,7 @@ class MLP(nn.Module):
             blocks = [activation()]
             for width_in, width_out in pairwise(widths):
                 blocks += [nn.Linear(width_in, width_out), activation()]
-        self.trunk = nn.Sequential(*blocks, nn.Linear(widths[-1], out_dim))
+        self.trunk = nn.Sequential(*blocks, OutputLayer(widths[-1], out_dim))
 
     @property
     def output(self) -> nn.Linear:

@@ -98,7 +98,8 @@ def _against(opponent: str, comparison: Result) -> str:
             if name in ("trial", "final"):
                 continue
             cells = [f"{pair[side]['steps_per_s']:,.0f} ({_way(pair[side])})" for side in ("ours", "theirs")]
-            rows.append([f"{task}, {_WORDS[name.split(', ')[-1]]}", *cells, f"{pair['ratio']:.2f}"])
+            compiled = ", compiled" if "compiled" in name else ""
+            rows.append([f"{task}, {_WORDS[name.split(', ')[-1]]}{compiled}", *cells, f"{pair['ratio']:.2f}"])
     title = OPPONENTS[opponent].title
     return f"## Gaussian PPO against {title}\n\n" + table(["", "ours, steps/s", f"{title}, steps/s", "ratio"], rows)
 

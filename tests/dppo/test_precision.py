@@ -86,3 +86,14 @@ def test_products_are_computed_in_the_precision_that_is_asked_for_and_outside_in
         with computing_in(precision, CPU):
             assert (weight @ weight).dtype == inside
         assert (weight @ weight).dtype == weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_and_logits_are_not_rounded(make_trainer, kind):
+    policy = make_trainer(kind).policy
+    sample = policy.sample(obs := torch.randn(64, policy.config.history, policy.config.obs_dim))
+    with computing_in("bfloat16", torch.device("cpu")):
+        law = policy.transition(obs, sample.chain[:, 0], torch.zeros(64, dtype=torch.long))
+    put_out = law.logits if kind == "categorical" else getattr(law, "base_dist", law).mean
+    assert put_out.dtype == torch.float32
+    assert (put_out != put_out.bfloat16()).any()

@@ -16,7 +16,7 @@ GRACE_S = 3.0
 """How long a worker may take to finish what it does and to close its environments."""
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-"""There are as many workers as cores, so none of them has cores to spare for threads of its own."""
+"""The cores are shared out by starting workers, not by threads of theirs."""
 
 
 class WorkerProcess:
@@ -37,13 +37,13 @@ class WorkerProcess:
         """
         self._rows = rows
         self._channel, theirs = Pipe()
-        code = f"from dppo.envs.workers.worker import serve; serve({theirs.fileno()}, {memory})"
-        folders = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+        folders = [os.path.abspath(folder) for folder in sys.path]
+        serve = f"from dppo.envs.workers.worker import serve; serve({theirs.fileno()}, {memory})"
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code],
+                [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {folders!r}; {serve}"],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": folders},
+                env={**os.environ, **_ONE_THREAD},
                 pass_fds=(theirs.fileno(), memory),
                 process_group=0,  # Ctrl-C in the terminal is for the process that trains; it ends its workers itself
             )
@@ -90,11 +90,11 @@ class WorkerProcess:
         first, last = self._rows[0], self._rows[-1]
         try:
             code = self._process.wait(GRACE_S)
+            cause = f"has died (killed: {signal.strsignal(-code)})" if code < 0 else f"has died (exit status {code})"
         except subprocess.TimeoutExpired:
-            code = 0
-        cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            cause = "does not answer any more"
         return (
-            f"the worker process of environments {first} to {last} has died ({cause}); was there too little memory, or "
+            f"the worker process of environments {first} to {last} {cause}; was there too little memory, or "
             "did the environment crash? threads=1 runs it in the main process"
         )
 

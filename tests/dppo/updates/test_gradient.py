@@ -52,7 +52,7 @@ class Regression:
 @pytest.mark.parametrize("sizes", [(ROWS,), SIZES, (1,) * ROWS, (20, 3)], ids=str)
 def test_the_gradient_of_parts_of_unequal_sizes_is_that_of_the_whole(sizes, threads):
     task = Regression()
-    gradient, _ = MeanGradient(task.loss, task.optimizer, threads=threads)(task.parts(*sizes))
+    gradient, _ = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)(task.parts(*sizes))
     assert gradient.shape == task.optimizer.flat.shape
     torch.testing.assert_close(gradient, task.expected(), rtol=1e-5, atol=1e-7)
 
@@ -61,7 +61,7 @@ def test_the_gradient_of_parts_of_unequal_sizes_is_that_of_the_whole(sizes, thre
 def test_the_results_come_in_the_order_of_the_parts(threads):
     task = Regression()
     parts = task.parts(*SIZES)
-    _, results = MeanGradient(task.loss, task.optimizer, threads=threads)(parts)
+    _, results = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)(parts)
     assert [len(result) for result in results] == list(SIZES)
     errors = (task.network(task.data[0]) - task.data[1]).square().squeeze(1)
     torch.testing.assert_close(torch.cat(results), errors.detach())
@@ -71,7 +71,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_threads_to_the_last_bit()
     found = []
     for threads in (1, 3):
         task = Regression()
-        mean_gradient = MeanGradient(task.loss, task.optimizer, threads=threads)
+        mean_gradient = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)
         found.append([mean_gradient(task.parts(*sizes))[0].clone() for sizes in (SIZES, (4,) * 5 + (3,))])
         names = {name for name, _ in task.seen}
         assert all(name.startswith("dppo") for name in names) == (threads == 3)
@@ -82,7 +82,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_threads_to_the_last_bit()
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_gradient_owes_nothing_to_those_before_it(threads):
     task = Regression()
-    mean_gradient = MeanGradient(task.loss, task.optimizer, threads=threads)
+    mean_gradient = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)
     for sizes in (SIZES, (20, 3), (ROWS,), (1,) * ROWS):  # fewer parts and more
         gradient, _ = mean_gradient(task.parts(*sizes))
         torch.testing.assert_close(gradient, task.expected(), rtol=1e-5, atol=1e-7)
@@ -93,7 +93,7 @@ def test_a_gradient_owes_nothing_to_those_before_it(threads):
 @pytest.mark.parametrize("sizes", [(ROWS,), SIZES], ids=str)
 def test_each_part_is_computed_on_one_thread_and_the_threads_are_given_back(sizes, threads):
     task = Regression()
-    MeanGradient(task.loss, task.optimizer, threads=threads)(task.parts(*sizes))
+    MeanGradient(task.loss, task.network, task.optimizer, threads=threads)(task.parts(*sizes))
     assert [own for _, own in task.seen] == [1] * len(sizes)
     assert torch.get_num_threads() == 3
 
@@ -101,7 +101,7 @@ def test_each_part_is_computed_on_one_thread_and_the_threads_are_given_back(size
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_in_a_part_comes_through_and_the_threads_are_given_back(threads):
     task = Regression()
-    mean_gradient = MeanGradient(task.loss, task.optimizer, threads=threads)
+    mean_gradient = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)
     parts = task.parts(*SIZES)
     (x, y), share = parts[2]
     with pytest.raises(RuntimeError, match="cannot be multiplied"):

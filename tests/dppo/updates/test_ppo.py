@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,6 @@ from dppo.rollout import collect_rollout
 from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch, Pairs, Targets
-from dppo.updates.gradient import COMPILERS
 from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig
 from policies import Policy, UserError
 
@@ -366,12 +366,31 @@ def test_an_update_does_not_depend_on_the_number_of_threads_to_the_last_bit(
     assert metrics == same
 
 
-@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"torch.compile needs one of {COMPILERS}")
+def test_large_minibatches_and_networks_do_not_depend_on_the_number_of_threads_either(
+    make_trainer, updated, torch_threads
+):
+    """So large that torch would share out sums among its threads, and add up what they found."""
+    network = {"network": {"type": "mlp", "hidden_dims": [200, 200]}}
+    trainer = make_trainer("gaussian", network, batch_size=40_000, epochs=1, learning_rate=1e-2)
+    batch = rollout_batch(trainer)
+    repeated = Batch(**{name: torch.cat([value] * 1250) for name, value in vars(batch).items()})
+    results = []
+    for threads in (1, 3):
+        torch_threads(threads)
+        results.append(updated(trainer, [repeated], trainer.algo)[0])
+    assert len(repeated) == 40_000
+    assert sum(value.numel() for value in trainer.policy.network.parameters()) > 32_768
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("kind", ["gaussian", pytest.param("diffusion", marks=pytest.mark.slow)])
 def test_a_compiled_update_is_the_same(make_trainer, updated, torch_threads, monkeypatch, kind):
     """Two updates, with weights that change from step to step, and minibatches of 7 and of 6 pairs in two parts."""
     monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", 5)
     torch_threads(3)
+    compile, compiled_functions = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled_functions.append(f) or compile(f, **how))
     algo = {"epochs": 2, "batch_size": 7, "learning_rate": 3e-3, "log_prob_clamp": (-5, 2), "value_clip": 0.3}
     trainer = make_trainer(kind, **algo)
     batches = [rollout_batch(trainer) for _ in range(2)]
@@ -379,6 +398,7 @@ def test_a_compiled_update_is_the_same(make_trainer, updated, torch_threads, mon
     for compiled in (False, True):
         config = dataclasses.replace(trainer.algo, compile=compiled)
         results.append(updated(trainer, batches, config))
+    assert len(compiled_functions) == 2, "the actor's and the critic's"
     (eager, metrics), (compiled, same) = results
     before = with_critic(trainer.policy, trainer.critic)
     assert any(not torch.equal(eager[name], before[name]) for name in before)
