@@ -14,6 +14,8 @@ from dppo.output.run_directory import RunDirectory, free_path
 from policies import UserError
 
 RUNS = Path("runs")
+MOST_THREADS = 1024
+"""Far more than any machine's processors; with very many, the libraries below crash."""
 
 
 def prepare_device(config: Mapping[str, Any]) -> torch.device:
@@ -28,6 +30,10 @@ def prepare_device(config: Mapping[str, Any]) -> torch.device:
     if threads is not None:
         if not isinstance(threads, int) or threads < 1:
             raise UserError(f"threads must be a positive number, or null for torch's own choice, not {threads!r}")
+        if threads > MOST_THREADS:
+            raise UserError(
+                f"threads={threads} is more than {MOST_THREADS}; choose as many as this run may use processors"
+            )
         torch.set_num_threads(threads)
     name = str(config["device"])
     if name == "auto":

@@ -46,6 +46,12 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def threads_in_words() -> str:
+    """How many threads torch has, as "1 thread" or "4 threads"."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 def map_in_threads(function: Callable[[Part], Result], parts: Sequence[Part], threads: int) -> list[Result]:
     """The function's results in the order of the parts, so many of them at a time, torch on one thread in each."""
     with single_thread():

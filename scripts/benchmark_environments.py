@@ -32,6 +32,7 @@ from dppo.envs.vector import (
 )
 from dppo.task import Task
 from throughput.limits import Limit, random_actions
+from throughput.options import positive
 
 
 def seconds(stepper: Stepper, action: np.ndarray) -> tuple[int, float]:
@@ -119,7 +120,7 @@ def main() -> None:
     defaults = ["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "CartPole-v1", "gymnasium_robotics:PointMaze_Medium-v3"]
     parser.add_argument("ids", nargs="*", default=defaults)
     for name, default in (("envs", 40), ("chunk", 4), ("threads", 2), ("turns", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=positive, default=default)
     args = parser.parse_args()
     others = []
     print_row("MuJoCo, steps per second", ["Gymnasium", "limit", "native", "native/Gymnasium", "native/limit"])

@@ -20,7 +20,7 @@ import dppo  # noqa: F401 - before torch, as in the commands
 from matplotlib.figure import Figure
 
 from throughput.dppo_iteration import build_trainer, useful_flops
-from throughput.options import medians, say
+from throughput.options import medians, positive, say
 from throughput.report import table
 
 BASE = ("experiment=paper_hopper", "checkpoint=scratch", "rollout_steps=25", "algo.batch_size=10_000", "algo.epochs=1")
@@ -112,7 +112,7 @@ def plot(found: dict[tuple[str, int], dict[str, float]], path: Path) -> None:
 def main() -> None:
     """Measure, print, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=positive, default=5)
     parser.add_argument("--markdown", type=Path, help="where to write the tables")
     parser.add_argument("--plot", type=Path, help="where to draw the curves")
     args = parser.parse_args()

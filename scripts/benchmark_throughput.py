@@ -24,7 +24,7 @@ from typing import Any
 from throughput.comparison import compare
 from throughput.machine import describe_machine
 from throughput.opponents import CACHE, OPPONENTS, install
-from throughput.options import PRECISIONS, TASKS, Options
+from throughput.options import PRECISIONS, TASKS, Options, positive
 from throughput.report import markdown
 from throughput.section import SECTIONS, run_section
 
@@ -35,7 +35,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="sections (default: all)")
     parser.add_argument("--against", nargs="+", choices=OPPONENTS, default=[], help="compare Gaussian PPO with these")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
-    parser.add_argument("--turns", type=int, help="how often each thing is measured (default: the section's choice)")
+    parser.add_argument(
+        "--turns", type=positive, help="how often each thing is measured (default: the section's choice)"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="of limits, gaussian and --against")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the arithmetic")
     parser.add_argument("--environments", type=Path, default=CACHE, help=f"of --against (default: {CACHE})")

@@ -20,6 +20,7 @@ from dppo.output.video import record_video
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.statistics import EvaluationSummary
 from dppo.task import Task
+from dppo.threads import threads_in_words
 from dppo.trainer import Trainer, TrainerConfig
 from policies import Policy
 from policies.config import config_from_dict
@@ -77,11 +78,13 @@ def _plan(config: Mapping[str, Any], trainer: Trainer, device: torch.device) -> 
     """What is about to be done, in a line."""
     size, policy = trainer.config, trainer.policy
     per_iteration = size.num_envs * size.rollout_steps * policy.config.executed_chunk
+    compiled = ", compiled (the first iteration takes a while longer)" if trainer.algo.compile else ""
     steps = f"the last {policy.num_steps} steps of a " if policy.num_steps > 1 else "a "
     return (
         f"fine-tuning {steps}{policy.type} policy ({config['checkpoint']}) on {trainer.task.name}: {size.env_steps:,} "
         f"environment steps in iterations of {per_iteration:,} (kept in {trainer.storage.nbytes / 2**20:,.1f} MiB), "
-        f"{size.num_envs} environments stepped {trainer.actor.env.stepped}, {device}, {torch.get_num_threads()} threads"
+        f"{size.num_envs} environments stepped {trainer.actor.env.stepped}, {device}, {threads_in_words()}, update in "
+        f"{trainer.algo.precision}{compiled}"
     )
 
 

@@ -22,6 +22,7 @@ from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.task import Task
+from dppo.threads import threads_in_words
 from policies import Policy, UserError
 from policies.config import config_from_dict
 
@@ -73,8 +74,8 @@ def _plan(cloner: Cloner, task: Task, dataset: str, device: torch.device) -> str
     """What is about to be done, in a line."""
     data = f"{len(cloner.train):,} windows of {dataset} ({cloner.train.nbytes / 2**20:,.1f} MiB on {device})"
     updates = f"{cloner.config.updates:,} updates of {cloner.batch_size} windows"
-    threads = torch.get_num_threads()
-    return f"cloning {data} into a {cloner.policy.type} policy for {task.name}: {updates}, {threads} threads"
+    how = f"{threads_in_words()}, in {cloner.config.precision}"
+    return f"cloning {data} into a {cloner.policy.type} policy for {task.name}: {updates}, {how}"
 
 
 def _train(

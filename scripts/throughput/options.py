@@ -29,6 +29,14 @@ class Options:
         return self.turns or (2 if self.quick else default)
 
 
+def positive(text: str) -> int:
+    """A number of an argument."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def say(text: str) -> None:
     """Tell what is being measured."""
     print(f"  {text}", flush=True)

@@ -35,6 +35,11 @@ def test_the_number_of_threads_is_set_only_if_it_is_given(monkeypatch):
     assert asked == [3]
 
 
+def test_more_threads_than_any_machine_has_are_refused():
+    with pytest.raises(UserError, match="threads=100000 is more than"):
+        prepare_device({**CONFIG, "threads": 100_000})
+
+
 @pytest.mark.parametrize("settings", [{"threads": 0}, {"threads": "many"}, {"threads": 1.5}, {"seed": -1}], ids=str)
 def test_an_impossible_number_of_threads_or_seed_is_refused(settings):
     with pytest.raises(UserError, match=f"{next(iter(settings))} must"):
