@@ -49,30 +49,37 @@ class MeanGradient(Generic[Inputs, Result]):
         Args:
             parts: what the loss takes, and the part's share of the minibatch's rows.
         """
-        while len(self._buffers) < len(parts):
-            self._buffers.append(torch.empty_like(self._optimizer.flat))
 
-        def compute(part: tuple[tuple[Inputs, float], Tensor]) -> Result:
+        def compute(part: tuple[tuple[Inputs, float], Tensor | None]) -> tuple[Tensor, Result]:
             (inputs, _), buffer = part
             return self._compute(inputs, buffer)
 
-        gradients = self._buffers[: len(parts)]
-        results = map_in_threads(compute, list(zip(parts, gradients, strict=True)), self._threads)
-        total = gradients[0].mul_(parts[0][1])
-        for gradient, (_, share) in zip(gradients[1:], parts[1:], strict=True):  # always in the same order
+        with_buffers = list(zip(parts, self._buffers_for(len(parts)), strict=True))
+        computed = map_in_threads(compute, with_buffers, self._threads)
+        total = computed[0][0]
+        if len(parts) > 1:
+            total.mul_(parts[0][1])
+        for (gradient, _), (_, share) in zip(computed[1:], parts[1:], strict=True):  # always in the same order
             total.add_(gradient, alpha=share)
-        return total, results
+        return total, [result for _, result in computed]
+
+    def _buffers_for(self, parts: int) -> Sequence[Tensor | None]:
+        """Memory for the gradients; a single one, mostly of a small network, brings its own."""
+        if parts == 1:
+            return [None]
+        while len(self._buffers) < parts:
+            self._buffers.append(torch.empty_like(self._optimizer.flat))
+        return self._buffers[:parts]
 
 
-Compute = Callable[[Any, Tensor], Any]
-"""From inputs, and memory [P] for the gradient, to the result."""
+Compute = Callable[[Any, Tensor | None], tuple[Tensor, Any]]
+"""From inputs, and memory [P] for the gradient if there is some, to the gradient and the result."""
 
 
 def _eager(loss: Loss[Any, Any], optimizer: FlatAdamW) -> Compute:
-    def compute(inputs: Any, gradient: Tensor) -> Any:
+    def compute(inputs: Any, out: Tensor | None) -> tuple[Tensor, Any]:
         value, result = loss(inputs)
-        optimizer.gradient(value, gradient)
-        return result
+        return optimizer.gradient(value, out), result
 
     return compute
 
@@ -98,10 +105,9 @@ def _compiled(loss: Loss[Any, Any], module: nn.Module, optimizer: FlatAdamW) -> 
     own = FunctionType(gradient_of.__code__.replace(), globals(), "gradient_of", None, gradient_of.__closure__)
     compiled = torch.compile(own, dynamic=True)
 
-    def compute(inputs: Any, gradient: Tensor) -> Any:
-        computed, result = compiled(optimizer.flat, type(inputs), *vars(inputs).values())
-        gradient.copy_(computed)
-        return result
+    def compute(inputs: Any, out: Tensor | None) -> tuple[Tensor, Any]:
+        gradient, result = compiled(optimizer.flat, type(inputs), *vars(inputs).values())
+        return (gradient if out is None else out.copy_(gradient)), result
 
     return compute
 
