@@ -19,6 +19,7 @@ from dppo.envs.chunk import ChunkEnv
 from dppo.envs.infos import same_step_infos
 from dppo.envs.native.physics import Physics
 from dppo.envs.native.rules import Rules
+from dppo.envs.seeds import seeds_of
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Returns:
             First observations, repeated To times [N, To, Do], and an empty info.
         """
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"expected {self.num_envs} seeds, got {len(seeds)}")
+        seeds = seeds_of(seed, self.num_envs)
         rows = np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         if not self._generators:
             self._generators = [np_random(own)[0] for own in seeds]

@@ -17,6 +17,7 @@ from gymnasium.vector.utils import batch_space
 
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.infos import same_step_infos
+from dppo.envs.seeds import seeds_of
 from dppo.envs.workers.process import WorkerProcess, end_all
 from dppo.envs.workers.records import map_records, open_memory, record_type
 from dppo.envs.workers.worker import Assignment, Failure, Reset
@@ -76,9 +77,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Returns:
             First observations, repeated To times [N, To, Do], and an empty info.
         """
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"expected {self.num_envs} seeds, got {len(seeds)}")
+        seeds = seeds_of(seed, self.num_envs)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         own = options and {name: value for name, value in options.items() if name != "reset_mask"}
         order = Reset({int(row): seeds[row] for row in np.flatnonzero(mask)}, own)
