@@ -133,6 +133,7 @@ class Policy(nn.Module):
         """All the randomness of one `sample` for a batch [B, ...], on the policy's device, as is the generator."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def sample(
         self,
         obs: Tensor,
@@ -149,6 +150,10 @@ class Policy(nn.Module):
             generator: source of the noise; must live on the device of ``obs``.
             noise: as of `draw_noise`, in place of a generator.
         """
+        return self._sample(obs, self.draw_noise(len(obs), generator) if noise is None else noise, deterministic)
+
+    def _sample(self, obs: Tensor, noise: Tensor, deterministic: bool) -> Sample:
+        """What `sample` does, without a graph."""
         raise NotImplementedError
 
     @property

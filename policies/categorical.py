@@ -47,20 +47,11 @@ class CategoricalPolicy(Policy, type="categorical"):
         noise = torch.empty((batch, self.config.action_dim), device=self.network.output.weight.device)
         return noise.exponential_(generator=generator)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        obs: Tensor,
-        *,
-        deterministic: bool = False,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-    ) -> Sample:
+    def _sample(self, obs: Tensor, noise: Tensor, deterministic: bool) -> Sample:
         law = self._law(obs)
         scores = law.logits
         if not deterministic:
             # The Gumbel-max trick: minus the logarithm of a standard exponential variable is a Gumbel one.
-            noise = self.draw_noise(len(obs), generator) if noise is None else noise
             scores = scores - noise.log()
         action = scores.argmax(-1)
         chain = torch.stack([torch.zeros_like(action), action], dim=1)  # [B, 2]; z_0 says nothing

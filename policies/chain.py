@@ -136,16 +136,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
     def products_per_sample(self) -> int:
         return self.config.denoising_steps * sum(parameter.numel() for parameter in self.network.parameters())
 
-    @torch.no_grad()
-    def sample(
-        self,
-        obs: Tensor,
-        *,
-        deterministic: bool = False,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-    ) -> Sample:
-        noise = self.draw_noise(len(obs), generator) if noise is None else noise
+    def _sample(self, obs: Tensor, noise: Tensor, deterministic: bool) -> Sample:
         clip, stds = self.config.noise_clip, self._sampling_std(deterministic)
         added = noise if clip is None else noise.clamp(-clip, clip)
         context = self.normalize_obs(obs).flatten(1)

@@ -75,19 +75,10 @@ class GaussianPolicy(Policy, type="gaussian"):
         """Standard normal [B, Tp, Da]."""
         return torch.randn((batch, *self.latent_shape), generator=generator, device=self.network.output.weight.device)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        obs: Tensor,
-        *,
-        deterministic: bool = False,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-    ) -> Sample:
+    def _sample(self, obs: Tensor, noise: Tensor, deterministic: bool) -> Sample:
         law = self._law(obs)
         latent = law.mean
         if not deterministic:
-            noise = self.draw_noise(len(obs), generator) if noise is None else noise
             latent = torch.addcmul(latent, law.stddev, noise)
         chain = torch.stack([torch.zeros_like(latent), latent], dim=1)  # z_0 says nothing
         return Sample(
