@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from dppo.data.demos import WindowDataset
 from dppo.output.metrics import Row
 from dppo.precision import Precision, computing_in
 from dppo.threads import rows_per_part, single_thread
+from dppo.updates.batch import split_columns
 from dppo.updates.gradient import MeanGradient
 from dppo.updates.optimizer import FlatAdamW, flatten
 from dppo.updates.schedule import schedule_factor
@@ -130,7 +131,7 @@ class Cloner:
             self._prepare()
         exercise = self.prepared.pop(0)
         rows = rows_per_part(self.batch_size, len(self.optimizer.flat), self.device)
-        parts = [(part, len(part[0]) / self.batch_size) for part in _split(exercise, rows)]
+        parts = [(part, len(part[0]) / self.batch_size) for part in split_columns(exercise, rows)]
         gradient, losses = self._gradient(parts)
         self.optimizer.step(gradient)
         self.average.lerp_(self.optimizer.flat, 1.0 if self.updates == 0 else 1 - self.config.ema_decay)
@@ -145,7 +146,7 @@ class Cloner:
             self.order = torch.cat([self.order, fresh])
         indices, self.order = self.order[:count], self.order[count:]
         exercise = self.policy.imitation_exercise(*self.train.batch(indices), generator=self.generator)
-        self.prepared = list(_split(exercise, self.batch_size))
+        self.prepared = list(split_columns(exercise, self.batch_size))
 
     def _loss(self, exercise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         with computing_in(self.config.precision, self.device):
@@ -171,7 +172,3 @@ class Cloner:
             "prepared": self.prepared,
             "updates": self.updates,
         }
-
-
-def _split(exercise: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(column.split(rows) for column in exercise), strict=True)

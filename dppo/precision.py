@@ -11,7 +11,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products inside are computed in this format; weights, gradients and everything else stay float32."""
+    """Matrix products inside are computed in this format, but for output layers; everything else stays float32."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -96,8 +96,13 @@ Record = TypeVar("Record", Pairs, Targets)
 
 def split(record: Record, sizes: int | list[int]) -> Iterator[Record]:
     """Consecutive parts of these lengths, or of this length but for the last, without copying."""
-    columns = (getattr(record, field.name).split(sizes) for field in fields(record))
-    return (type(record)(*parts) for parts in zip(*columns, strict=True))
+    columns = [getattr(record, field.name) for field in fields(record)]
+    return (type(record)(*parts) for parts in split_columns(columns, sizes))
+
+
+def split_columns(columns: Iterable[Tensor], sizes: int | list[int]) -> Iterator[tuple[Tensor, ...]]:
+    """`split` of tensors that have their rows in common."""
+    return zip(*(column.split(sizes) for column in columns), strict=True)
 
 
 def minibatches(
