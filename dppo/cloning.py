@@ -15,9 +15,10 @@ from torch import Tensor
 from dppo.data.demos import WindowDataset
 from dppo.output.metrics import Row
 from dppo.precision import Precision, computing_in
-from dppo.threads import rows_per_part, single_thread
-from dppo.updates.batch import split_columns
-from dppo.updates.gradient import MeanGradient
+from dppo.threads import single_thread
+from dppo.updates.batch import split
+from dppo.updates.gradient import GradientStep
+from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW, flatten
 from dppo.updates.schedule import schedule_factor
 from policies import Policy, UserError
@@ -81,7 +82,8 @@ class Cloner:
         """The policy with averaged weights."""
         self.average = flatten(self.averaged.parameters())
         """[P], the weights themselves."""
-        self._gradient = MeanGradient(self._loss, policy, self.optimizer, threads=torch.get_num_threads())
+        objective = Objective[tuple[Tensor, ...]](policy, self._rows)
+        self._step = GradientStep(objective, self.optimizer, threads=torch.get_num_threads(), checked=False)
         seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(3)]
         self.generator = torch.Generator(self.device).manual_seed(seeds[0])
         self.validation_seed = seeds[1]
@@ -129,14 +131,10 @@ class Cloner:
         self.optimizer.learning_rate = factor * self.config.learning_rate
         if not self.prepared:
             self._prepare()
-        exercise = self.prepared.pop(0)
-        rows = rows_per_part(self.batch_size, len(self.optimizer.flat), self.device)
-        parts = [(part, len(part[0]) / self.batch_size) for part in split_columns(exercise, rows)]
-        gradient, losses = self._gradient(parts)
-        self.optimizer.step(gradient)
+        (losses,), _ = self._step(self.prepared.pop(0))
         self.average.lerp_(self.optimizer.flat, 1.0 if self.updates == 0 else 1 - self.config.ema_decay)
         self.updates += 1
-        return torch.stack([loss * share for loss, (_, share) in zip(losses, parts, strict=True)]).sum()
+        return losses.mean()
 
     def _prepare(self) -> None:
         """Cut out and corrupt the windows of some updates at once: so many small operations fewer in each."""
@@ -146,12 +144,11 @@ class Cloner:
             self.order = torch.cat([self.order, fresh])
         indices, self.order = self.order[:count], self.order[count:]
         exercise = self.policy.imitation_exercise(*self.train.batch(indices), generator=self.generator)
-        self.prepared = list(split_columns(exercise, self.batch_size))
+        self.prepared = list(split(exercise, self.batch_size))
 
-    def _loss(self, exercise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _rows(self, exercise: tuple[Tensor, ...]) -> Rows:
         with computing_in(self.config.precision, self.device):
-            loss = self.policy.exercise_loss(*exercise)
-        return loss, loss.detach()
+            return (self.policy.exercise_losses(*exercise),)
 
     @torch.no_grad()
     def _validation_loss(self) -> float | None:

@@ -69,10 +69,10 @@ def approximate_kl(log_ratios: Tensor) -> Tensor:
     return (log_ratios.expm1() - log_ratios).mean()
 
 
-def value_loss(values: Tensor, returns: Tensor, old_values: Tensor, clip: float | None = None) -> Tensor:
-    """Half the mean squared error; with ``clip``, the worse of that and of the value moved at most ``clip``."""
+def value_losses(values: Tensor, returns: Tensor, old_values: Tensor, clip: float | None = None) -> Tensor:
+    """Half the squared errors [B]; with ``clip``, the worse of that and of the value moved at most ``clip``."""
     error = (values - returns).square()
     if clip is not None:
         limited = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum(error, (limited - returns).square())
-    return 0.5 * error.mean()
+    return 0.5 * error

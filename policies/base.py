@@ -176,16 +176,16 @@ class Policy(nn.Module):
 
     def imitation_loss(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Behaviour-cloning loss (scalar) on obs [B, To, Do] and action [B, Tp, Da] (discrete: [B])."""
-        return self.exercise_loss(*self.imitation_exercise(obs, action, generator))
+        return self.exercise_losses(*self.imitation_exercise(obs, action, generator)).mean()
 
     def imitation_exercise(
         self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """What `exercise_loss` takes, all randomness done: tensors of B rows, so parts of them are exercises, too."""
+        """What `exercise_losses` takes, all randomness done: tensors of B rows, so parts of them are exercises, too."""
         return obs, action
 
-    def exercise_loss(self, *exercise: Tensor) -> Tensor:
-        """The imitation loss (scalar), a mean over rows."""
+    def exercise_losses(self, *exercise: Tensor) -> Tensor:
+        """The imitation loss of each row [B]."""
         raise NotImplementedError
 
     # --- scaling, saved with the weights -------------------------------------------------------------------------

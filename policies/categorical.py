@@ -60,6 +60,6 @@ class CategoricalPolicy(Policy, type="categorical"):
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
         return self._law(obs)
 
-    def exercise_loss(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Cross-entropy against the demonstrated actions."""
-        return -self._law(obs).log_prob(action).mean()
+    def exercise_losses(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Cross-entropy against the demonstrated actions, [B]."""
+        return -self._law(obs).log_prob(action)

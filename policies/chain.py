@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
-from torch.nn import functional as F
 
 from policies.base import Policy, PolicyConfig, Sample
 from policies.errors import UserError
@@ -195,6 +194,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
         latent = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
         return obs, latent, timestep, training_target(self.config.prediction, x0, noise, alpha_bar)
 
-    def exercise_loss(self, obs: Tensor, latent: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of the denoiser's output."""
-        return F.mse_loss(self.network(latent, timestep, self.normalize_obs(obs).flatten(1)), target)
+    def exercise_losses(self, obs: Tensor, latent: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of the denoiser's output, [B]."""
+        output = self.network(latent, timestep, self.normalize_obs(obs).flatten(1))
+        return (output - target).square().flatten(1).mean(1)

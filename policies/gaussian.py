@@ -90,6 +90,6 @@ class GaussianPolicy(Policy, type="gaussian"):
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
         return Independent(self._law(obs), 2, validate_args=False)
 
-    def exercise_loss(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Negative log-likelihood per action dimension, in normalised units."""
-        return -self._law(obs).log_prob(self.action_scaler.normalize(action)).mean()
+    def exercise_losses(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Negative log-likelihood per action dimension, in normalised units, [B]."""
+        return -self._law(obs).log_prob(self.action_scaler.normalize(action)).flatten(1).mean(1)

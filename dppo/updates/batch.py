@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -91,18 +91,29 @@ class Targets:
         return len(self.returns)
 
 
-Record = TypeVar("Record", Pairs, Targets)
+Record = TypeVar("Record", Pairs, Targets, tuple[Tensor, ...])
+"""Tensors that have their B rows in common."""
+
+
+def columns(record: Pairs | Targets | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors, [B, ...] each."""
+    return record if isinstance(record, tuple) else tuple(vars(record).values())
+
+
+def num_rows(record: Pairs | Targets | tuple[Tensor, ...]) -> int:
+    """B."""
+    return len(columns(record)[0])
+
+
+def of_columns(kind: type[Record], tensors: Iterable[Tensor]) -> Record:
+    """The record of a kind that has these `columns`."""
+    return kind(tensors) if issubclass(kind, tuple) else kind(*tensors)
 
 
 def split(record: Record, sizes: int | list[int]) -> Iterator[Record]:
     """Consecutive parts of these lengths, or of this length but for the last, without copying."""
-    columns = [getattr(record, field.name) for field in fields(record)]
-    return (type(record)(*parts) for parts in split_columns(columns, sizes))
-
-
-def split_columns(columns: Iterable[Tensor], sizes: int | list[int]) -> Iterator[tuple[Tensor, ...]]:
-    """`split` of tensors that have their rows in common."""
-    return zip(*(column.split(sizes) for column in columns), strict=True)
+    parts = zip(*(column.split(sizes) for column in columns(record)), strict=True)
+    return (of_columns(type(record), part) for part in parts)
 
 
 def minibatches(

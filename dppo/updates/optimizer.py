@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from policies import UserError
 
+BETAS = (0.9, 0.999)
+"""Of AdamW: how long it remembers gradients, and their squares."""
+EPSILON = 1e-8
+"""Of AdamW: what is added to the root of the mean square."""
+
 
 class FlatAdamW:
     """AdamW, with clipped gradients, in a handful of operations however many parameters there are.
@@ -34,7 +39,9 @@ class FlatAdamW:
         self.flat = flatten(self.parameters)
         self.max_grad_norm = max_grad_norm
         self.what = what
-        self.adamw = torch.optim.AdamW([self.flat], lr=learning_rate, weight_decay=weight_decay, fused=True)
+        self.weight_decay = weight_decay
+        settings = {"betas": BETAS, "eps": EPSILON, "weight_decay": weight_decay}
+        self.adamw = torch.optim.AdamW([self.flat], lr=learning_rate, fused=True, **settings)
 
     @property
     def learning_rate(self) -> float:
@@ -60,23 +67,40 @@ class FlatAdamW:
         Raises:
             UserError: the loss or its gradient is not finite; no step is taken.
         """
-        if self.parameters[0].data_ptr() != self.flat.data_ptr():
-            raise RuntimeError("the parameters are no views of the optimiser's any more: were they moved or replaced?")
+        self._check_views()
         norm = None
         if loss is not None:
-            self._check(loss, "loss")
-            self._check(norm := torch.linalg.vector_norm(gradient), "gradient of the loss")
+            norm = torch.linalg.vector_norm(gradient)
+            self.check(loss, norm)
         if self.max_grad_norm is not None:
             norm = torch.linalg.vector_norm(gradient) if norm is None else norm
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.flat.grad = gradient
         self.adamw.step()
 
-    def _check(self, value: Tensor, what: str) -> None:
-        number = value.item()
-        if not math.isfinite(number):
-            advice = "lower the learning rate, or look for extreme values in what is learned from"
-            raise UserError(f"the {self.what} network's {what} became {number}; {advice}")
+    def check(self, loss: Tensor, norm: Tensor) -> None:
+        """Raise UserError where a loss or the norm of its gradient is not finite."""
+        for what, value in (("loss", loss.item()), ("gradient of the loss", norm.item())):
+            if not math.isfinite(value):
+                advice = "lower the learning rate, or look for extreme values in what is learned from"
+                raise UserError(f"the {self.what} network's {what} became {value}; {advice}")
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """AdamW's own tensors, for whoever takes its step elsewhere and changes them and ``flat`` in place.
+
+        The mean gradient [P], the mean square [P], and the number of steps (scalar).
+        """
+        self._check_views()
+        state = self.adamw.state[self.flat]
+        if not state:  # as AdamW does before its first step
+            zeros = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+            state.update(step=self.flat.new_zeros(()), exp_avg=zeros[0], exp_avg_sq=zeros[1])
+        return state["exp_avg"], state["exp_avg_sq"], state["step"]
+
+    def _check_views(self) -> None:
+        if self.parameters[0].data_ptr() != self.flat.data_ptr():
+            raise RuntimeError("the parameters are no views of the optimiser's any more: were they moved or replaced?")
 
     def state_dict(self) -> dict[str, Any]:
         """The moments [P] and settings of AdamW."""

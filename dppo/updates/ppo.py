@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from dppo.advantages import explained_variance, inner_discount, normalized
 from dppo.critic import Critic
 from dppo.precision import Precision, computing_in
-from dppo.surrogates import LogRatio, approximate_kl, clip_ranges, clipped_loss, log_ratio, value_loss
-from dppo.threads import rows_per_part, single_thread
-from dppo.updates.batch import Batch, Pairs, Record, Targets, minibatches, split
-from dppo.updates.gradient import MeanGradient
+from dppo.surrogates import LogRatio, approximate_kl, clip_ranges, clipped_loss, log_ratio, value_losses
+from dppo.threads import single_thread
+from dppo.updates.batch import Batch, Pairs, Record, Targets, minibatches
+from dppo.updates.compiled import CompiledStep
+from dppo.updates.gradient import GradientStep
+from dppo.updates.objective import Objective, Rows, as_it_is
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.schedule import Schedule, schedule_factor
 from policies import Policy, log_prob_factors
@@ -52,7 +54,7 @@ class PPOConfig:
     precision: Precision = "float32"
     """In which the policy's networks are evaluated during the update."""
     compile: bool = False
-    """Compile the gradients with `torch.compile`: faster for small networks, after some seconds at the start."""
+    """Compile the steps with `torch.compile`: faster for small networks, after some seconds at the start."""
 
     clip: float = 0.2
     """Clip range of the ratio at the inner step next to the action."""
@@ -101,11 +103,9 @@ class PolicyLoss:
     """[B], the range of each pair's ratio"""
 
     @staticmethod
-    def joined(parts: Sequence[PolicyLoss]) -> PolicyLoss:
-        """Of all pairs of several parts."""
-        if len(parts) == 1:
-            return parts[0]
-        return PolicyLoss(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(PolicyLoss)))
+    def joined(minibatches: Sequence[Rows]) -> PolicyLoss:
+        """Of all pairs of several minibatches."""
+        return PolicyLoss(*(torch.cat(column) for column in zip(*minibatches, strict=True)))
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -139,16 +139,27 @@ class PPO:
             max_grad_norm=config.max_grad_norm,
             what="critic",
         )
-        how = {"threads": torch.get_num_threads(), "compile": config.compile}
-        self._actor_gradient = MeanGradient(self._actor_loss, policy, self.actor_optimizer, **how)
-        self._critic_gradient = MeanGradient(self._critic_loss, critic, self.critic_optimizer, **how)
+        self.actor_objective = Objective(
+            policy,
+            self.policy_rows,
+            prepare=_with_normalized_advantages if config.normalize_advantages else as_it_is,
+            allow=None if config.target_kl is None else _nearer_than(config.target_kl),
+        )
+        self.critic_objective = Objective(critic, self.value_rows)
+        self._actor_step = self._stepper(self.actor_objective, self.actor_optimizer)
+        self._critic_step = self._stepper(self.critic_objective, self.critic_optimizer)
         device = next(policy.parameters()).device
         base = config.clip if config.clip_base is None else config.clip_base
         self.clip_ranges = clip_ranges(policy.num_steps, base, config.clip, config.clip_rate).to(device)  # [K]
         self.discount = inner_discount(policy.num_steps, config.inner_gamma).to(device)  # [K]
 
-    def policy_loss(self, pairs: Pairs) -> PolicyLoss:
-        """The clipped surrogate on B pairs, their advantages as they are."""
+    def _stepper(self, objective: Objective[Record], optimizer: FlatAdamW) -> Callable[[Record], tuple[Rows, bool]]:
+        if self.config.compile:
+            return CompiledStep(objective, optimizer)
+        return GradientStep(objective, optimizer, threads=torch.get_num_threads())
+
+    def policy_rows(self, pairs: Pairs) -> Rows:
+        """What `PolicyLoss` holds of B pairs, their advantages taken as they are."""
         with computing_in(self.config.precision, pairs.obs.device):
             law = self.policy.transition(pairs.obs, pairs.latent, pairs.step)
         log_ratios = log_ratio(
@@ -159,24 +170,12 @@ class PPO:
             self.policy.config.executed,
         )
         clip = self.clip_ranges[pairs.step]
-        losses = clipped_loss(log_ratios, pairs.advantages * self.discount[pairs.step], clip)
-        return PolicyLoss(losses, log_ratios, clip)
+        return clipped_loss(log_ratios, pairs.advantages * self.discount[pairs.step], clip), log_ratios, clip
 
-    def _actor_loss(self, pairs: Pairs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        result = self.policy_loss(pairs)
-        return result.losses.mean(), (result.losses.detach(), result.log_ratios.detach(), result.clip)
-
-    def _critic_loss(self, targets: Targets) -> tuple[Tensor, Tensor]:
-        loss = self.value_loss(targets)
-        return loss, loss.detach()
-
-    def _advantages(self, pairs: Pairs) -> Tensor:
-        return normalized(pairs.advantages) if self.config.normalize_advantages else pairs.advantages
-
-    def value_loss(self, targets: Targets) -> Tensor:
-        """The critic's loss on B environment steps."""
+    def value_rows(self, targets: Targets) -> Rows:
+        """The critic's losses on B environment steps."""
         values = self.critic(self.policy.normalize_obs(targets.obs))
-        return value_loss(values, targets.returns, targets.values, self.config.value_clip)
+        return (value_losses(values, targets.returns, targets.values, self.config.value_clip),)
 
     @single_thread()
     def update(self, batch: Batch, *, progress: float, iteration: int) -> dict[str, float | None]:
@@ -198,56 +197,32 @@ class PPO:
         train_actor = iteration >= self.config.critic_warmup_iterations
         actor_steps = 0
         of_epochs: list[tuple[Tensor, int]] = []  # the actor's metrics, and over how many pairs they are
-        value_losses: list[Tensor] = []
+        of_critic_steps: list[Tensor] = []  # losses
         for _ in range(self.config.epochs):
             # Where minibatches are smaller than K, there are fewer of the critic's.
             of_critic = minibatches(batch.targets, len(batch), min(count, len(batch)), self.generator)
             of_actor = minibatches(batch.pairs, num_pairs, count, self.generator)
-            seen: list[PolicyLoss] = []
+            seen: list[Rows] = []
             for _ in range(count):
                 if train_actor:
-                    train_actor = self._actor_step(next(of_actor), seen)
+                    rows, train_actor = self._actor_step(next(of_actor))
+                    seen.append(rows)
                     actor_steps += train_actor
                 targets = next(of_critic, None)
                 if targets is not None:
-                    value_losses.append(self._critic_step(targets))
+                    (losses,), _ = self._critic_step(targets)
+                    of_critic_steps.append(losses.mean())
             if seen:
                 epoch = PolicyLoss.joined(seen)
                 of_epochs.append((epoch.metrics(), len(epoch)))
         return {
             **_weighted_means(of_epochs),
-            "value_loss": float(torch.stack(value_losses).mean()),
+            "value_loss": float(torch.stack(of_critic_steps).mean()),
             "explained_variance": explained_variance(batch.values, batch.returns),
             "actor_learning_rate": factor * self.config.learning_rate,
             "critic_learning_rate": factor * self.config.critic_learning_rate,
             "actor_steps": actor_steps,
         }
-
-    def _actor_step(self, pairs: Pairs, seen: list[PolicyLoss]) -> bool:
-        """Learn from a minibatch, which ``seen`` takes in; False where the target KL says to stop."""
-        pairs = replace(pairs, advantages=self._advantages(pairs))
-        gradient, results = self._actor_gradient(self._parts(pairs, self.actor_optimizer))
-        whole = PolicyLoss.joined([PolicyLoss(*result) for result in results])
-        seen.append(whole)
-        if self.config.target_kl is not None and approximate_kl(whole.log_ratios) > self.config.target_kl:
-            return False
-        self.actor_optimizer.step(gradient, whole.losses.mean())
-        return True
-
-    def _critic_step(self, targets: Targets) -> Tensor:
-        """Learn from a minibatch; its loss."""
-        parts = self._parts(targets, self.critic_optimizer)
-        gradient, losses = self._critic_gradient(parts)
-        loss = torch.stack([value * share for value, (_, share) in zip(losses, parts, strict=True)]).sum()
-        self.critic_optimizer.step(gradient, loss)
-        return loss
-
-    def _parts(self, minibatch: Record, optimizer: FlatAdamW) -> list[tuple[Record, float]]:
-        """What several threads may compute the gradient of, each with its share of the rows."""
-        rows = rows_per_part(len(minibatch), len(optimizer.flat), optimizer.flat.device)
-        if rows == len(minibatch):
-            return [(minibatch, 1.0)]
-        return [(part, len(part) / len(minibatch)) for part in split(minibatch, rows)]
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimisers and the state of the generator."""
@@ -256,6 +231,14 @@ class PPO:
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }
+
+
+def _with_normalized_advantages(pairs: Pairs) -> Pairs:
+    return replace(pairs, advantages=normalized(pairs.advantages))
+
+
+def _nearer_than(target_kl: float) -> Callable[[Rows], Tensor]:
+    return lambda rows: approximate_kl(PolicyLoss(*rows).log_ratios) <= target_kl
 
 
 def _weighted_means(of_epochs: list[tuple[Tensor, int]]) -> dict[str, float | None]:

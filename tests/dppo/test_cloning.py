@@ -58,27 +58,27 @@ def learned_windows(cloner: Cloner) -> list[list[int]]:
     """The numbers of the windows that a gaussian policy will have learned from, one list for each part of an update."""
     seen: list[list[int]] = []
     everything, _ = cloner.train.batch(torch.arange(len(cloner.train)))
-    exercise_loss = cloner.policy.exercise_loss
+    exercise_losses = cloner.policy.exercise_losses
 
     def spy(obs: Tensor, action: Tensor) -> Tensor:
         seen.append((obs[:, None] == everything).all((2, 3)).int().argmax(1).tolist())
         assert torch.equal(obs, everything[seen[-1]])
-        return exercise_loss(obs, action)
+        return exercise_losses(obs, action)
 
-    cloner.policy.exercise_loss = spy  # type: ignore[method-assign]
+    cloner.policy.exercise_losses = spy  # type: ignore[method-assign]
     return seen
 
 
 def spied_rows(cloner: Cloner) -> list[int]:
     """The number of rows of each part that the policy will have learned from."""
     rows: list[int] = []
-    exercise_loss = cloner.policy.exercise_loss
+    exercise_losses = cloner.policy.exercise_losses
 
     def spy(*exercise: Tensor) -> Tensor:
         rows.append(len(exercise[0]))
-        return exercise_loss(*exercise)
+        return exercise_losses(*exercise)
 
-    cloner.policy.exercise_loss = spy  # type: ignore[method-assign]
+    cloner.policy.exercise_losses = spy  # type: ignore[method-assign]
     return rows
 
 

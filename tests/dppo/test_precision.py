@@ -42,7 +42,7 @@ def test_the_gradient_in_bfloat16_points_where_the_one_in_float32_does_but_is_an
     batch = rollout_batch(make_trainer(kind))
     for precision in ("float32", "bfloat16"):
         rule = make_trainer(kind, precision=precision).update_rule
-        losses = rule.policy_loss(batch.pairs(torch.arange(len(batch) * batch.num_steps))).losses
+        losses = rule.policy_rows(batch.pairs(torch.arange(len(batch) * batch.num_steps)))[0]
         assert losses.dtype == torch.float32
         gradients.append(rule.actor_optimizer.gradient(losses.mean()))
     exact, coarse = gradients
@@ -76,7 +76,7 @@ def test_the_critic_learns_in_float32_whatever_the_policy_does(make_trainer):
     batch = rollout_batch(make_trainer("gaussian"))
     for precision in ("float32", "bfloat16"):
         rule = make_trainer("gaussian", precision=precision).update_rule
-        losses.append(rule.value_loss(batch.targets(torch.arange(len(batch)))))
+        losses.append(rule.value_rows(batch.targets(torch.arange(len(batch))))[0].mean())
     assert losses[0] == losses[1]
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from dppo.surrogates import approximate_kl, clip_ranges, clipped_loss, log_ratio, value_loss
+from dppo.surrogates import approximate_kl, clip_ranges, clipped_loss, log_ratio, value_losses
 
 CLIP_TABLE = [
     # advantage, ratio, objective at clip 0.2, whether its gradient vanishes
@@ -100,16 +100,16 @@ def test_the_kl_estimate_is_near_the_true_kl_of_two_close_gaussians():
     assert estimate != pytest.approx(float(kl_divergence(new, old)), rel=0.05)
 
 
-def test_the_value_loss_is_half_the_mean_squared_error():
-    loss = value_loss(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]), torch.zeros(2))
-    assert float(loss) == 0.5 * (1 + 4) / 2
+def test_the_value_losses_are_half_the_squared_errors():
+    losses = value_losses(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]), torch.zeros(2))
+    assert losses.tolist() == [0.5, 2.0]
 
 
 def test_a_clipped_value_loss_takes_the_worse_of_both_errors():
     values = torch.tensor([1.0, 2.0, 1.0], requires_grad=True)
     returns, old = torch.tensor([2.0, 4.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])
-    loss = value_loss(values, returns, old, clip=0.5)
+    losses = value_losses(values, returns, old, clip=0.5)
     # The first value may move to 0.5 only: error 1.5; the second did not move; the third is worse where it is.
-    assert loss.item() == pytest.approx(0.5 * (1.5**2 + 2**2 + 1**2) / 3)
-    loss.backward()
-    torch.testing.assert_close(values.grad, torch.tensor([0.0, -2.0, 1.0]) / 3)
+    assert losses.tolist() == pytest.approx([0.5 * 1.5**2, 0.5 * 2**2, 0.5 * 1**2])
+    losses.sum().backward()
+    torch.testing.assert_close(values.grad, torch.tensor([0.0, -2.0, 1.0]))

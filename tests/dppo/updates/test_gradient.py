@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from dppo.threads import single_thread
-from dppo.updates.gradient import MeanGradient
+from dppo.updates.gradient import GradientStep
+from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
+from policies import UserError
 
 Data = tuple[Tensor, Tensor]
 ROWS = 23
-SIZES = (7, 1, 10, 5)
+PARTS = (1, 4, 10, 23, 50)
 
 
 @pytest.fixture(autouse=True)
@@ -23,89 +25,147 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def rows_per_part(monkeypatch):
+    return lambda rows: monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", rows)
+
+
 class Regression:
-    """Least squares with a small network; the result is each row's error."""
+    """Least squares with a small network; what is known of a row is its error, and its first input."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.network = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
         self.optimizer = FlatAdamW(self.network.parameters(), learning_rate=0.1, what="test")
         self.data = torch.randn(ROWS, 3), torch.randn(ROWS, 1)
-        self.seen: list[tuple[str, int]] = []
+        self.seen: list[tuple[str, int, int]] = []
+        self.objective: Objective[Data] = Objective(self.network, self.rows)
 
-    def loss(self, inputs: Data) -> tuple[Tensor, Tensor]:
-        """It also notes in which thread it is computed, and how many threads torch has in it."""
-        self.seen.append((threading.current_thread().name, torch.get_num_threads()))
-        errors = (self.network(inputs[0]) - inputs[1]).square().squeeze(1)
-        return errors.mean(), errors.detach()
-
-    def parts(self, *sizes: int) -> list[tuple[Data, float]]:
-        columns = (column.split(list(sizes)) for column in self.data)
-        return [((x, y), len(x) / ROWS) for x, y in zip(*columns, strict=True)]
+    def rows(self, data: Data) -> Rows:
+        """It also notes in which thread it is computed, how many threads torch has in it, and on how many rows."""
+        self.seen.append((threading.current_thread().name, torch.get_num_threads(), len(data[0])))
+        return (self.network(data[0]) - data[1]).square().squeeze(1), data[0][:, 0]
 
     def expected(self) -> Tensor:
         with single_thread():
-            return self.optimizer.gradient(self.loss(self.data)[0])
+            return self.optimizer.gradient(self.rows(self.data)[0].mean())
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("sizes", [(ROWS,), SIZES, (1,) * ROWS, (20, 3)], ids=str)
-def test_the_gradient_of_parts_of_unequal_sizes_is_that_of_the_whole(sizes, threads):
+@pytest.mark.parametrize("at_once", PARTS)
+def test_the_gradient_of_parts_is_that_of_the_whole(at_once, threads, rows_per_part):
+    rows_per_part(at_once)
     task = Regression()
-    gradient, _ = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)(task.parts(*sizes))
+    gradient, _ = GradientStep(task.objective, task.optimizer, threads=threads).gradient(task.data)
+    assert len(task.seen) == -(-ROWS // at_once)
     assert gradient.shape == task.optimizer.flat.shape
     torch.testing.assert_close(gradient, task.expected(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_results_come_in_the_order_of_the_parts(threads):
+@pytest.mark.parametrize("at_once", PARTS)
+def test_what_is_known_of_the_rows_comes_in_their_order_and_without_a_graph(at_once, threads, rows_per_part):
+    rows_per_part(at_once)
     task = Regression()
-    parts = task.parts(*SIZES)
-    _, results = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)(parts)
-    assert [len(result) for result in results] == list(SIZES)
-    errors = (task.network(task.data[0]) - task.data[1]).square().squeeze(1)
-    torch.testing.assert_close(torch.cat(results), errors.detach())
+    (errors, inputs), taken = GradientStep(task.objective, task.optimizer, threads=threads)(task.data)
+    assert taken
+    assert not errors.requires_grad
+    fresh = Regression()
+    torch.testing.assert_close(errors, fresh.rows(fresh.data)[0].detach())
+    assert torch.equal(inputs, task.data[0][:, 0])
 
 
-def test_the_gradient_does_not_depend_on_the_number_of_threads_to_the_last_bit():
+def test_the_gradient_does_not_depend_on_the_number_of_threads_to_the_last_bit(rows_per_part):
     found = []
     for threads in (1, 3):
         task = Regression()
-        mean_gradient = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)
-        found.append([mean_gradient(task.parts(*sizes))[0].clone() for sizes in (SIZES, (4,) * 5 + (3,))])
-        names = {name for name, _ in task.seen}
-        assert all(name.startswith("dppo") for name in names) == (threads == 3)
+        step = GradientStep(task.objective, task.optimizer, threads=threads)
+        gradients = []
+        for at_once in (4, 10):
+            rows_per_part(at_once)
+            gradients.append(step.gradient(task.data)[0].clone())
+        found.append(gradients)
+        assert all(name.startswith("dppo") for name, *_ in task.seen) == (threads == 3)
     for one, three in zip(*found, strict=True):
         assert torch.equal(one, three)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_gradient_owes_nothing_to_those_before_it(threads):
+def test_a_step_owes_nothing_to_the_gradients_before_it(threads, rows_per_part):
     task = Regression()
-    mean_gradient = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)
-    for sizes in (SIZES, (20, 3), (ROWS,), (1,) * ROWS):  # fewer parts and more
-        gradient, _ = mean_gradient(task.parts(*sizes))
-        torch.testing.assert_close(gradient, task.expected(), rtol=1e-5, atol=1e-7)
-        task.optimizer.step(gradient)
+    step = GradientStep(task.objective, task.optimizer, threads=threads)
+    for at_once in PARTS:  # more parts, and fewer
+        rows_per_part(at_once)
+        torch.testing.assert_close(step.gradient(task.data)[0], task.expected(), rtol=1e-5, atol=1e-7)
+        before = task.optimizer.flat.clone()
+        step(task.data)
+        assert not torch.equal(task.optimizer.flat, before)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("sizes", [(ROWS,), SIZES], ids=str)
-def test_each_part_is_computed_on_one_thread_and_the_threads_are_given_back(sizes, threads):
+@pytest.mark.parametrize("at_once", [ROWS, 7])
+def test_each_part_is_computed_on_one_thread_and_the_threads_are_given_back(at_once, threads, rows_per_part):
+    rows_per_part(at_once)
     task = Regression()
-    MeanGradient(task.loss, task.network, task.optimizer, threads=threads)(task.parts(*sizes))
-    assert [own for _, own in task.seen] == [1] * len(sizes)
+    GradientStep(task.objective, task.optimizer, threads=threads)(task.data)
+    assert [own for _, own, _ in task.seen] == [1] * len(task.seen)
     assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_in_a_part_comes_through_and_the_threads_are_given_back(threads):
+def test_an_error_in_a_part_comes_through_and_the_threads_are_given_back(threads, rows_per_part):
+    rows_per_part(10)
     task = Regression()
-    mean_gradient = MeanGradient(task.loss, task.network, task.optimizer, threads=threads)
-    parts = task.parts(*SIZES)
-    (x, y), share = parts[2]
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        mean_gradient([*parts[:2], ((x[:, :2], y), share), *parts[3:]])
+
+    def fails_on_the_last(data: Data) -> Rows:
+        if len(data[0]) < 8:
+            raise ZeroDivisionError("the last part")
+        return task.rows(data)
+
+    step = GradientStep(Objective(task.network, fails_on_the_last), task.optimizer, threads=threads)
+    rows_per_part(10)  # 8, 8, 7
+    with pytest.raises(ZeroDivisionError, match="the last part"):
+        step(task.data)
     assert torch.get_num_threads() == 3
-    gradient, _ = mean_gradient(parts)
-    torch.testing.assert_close(gradient, task.expected(), rtol=1e-5, atol=1e-7)
+    rows_per_part(ROWS)
+    torch.testing.assert_close(step.gradient(task.data)[0], task.expected(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_minibatch_is_prepared_as_a_whole(rows_per_part):
+    rows_per_part(7)
+    task = Regression()
+
+    def centred(data: Data) -> Data:
+        return data[0], data[1] - data[1].mean()
+
+    objective = Objective[Data](task.network, task.rows, prepare=centred)
+    (errors, _), _ = GradientStep(objective, task.optimizer, threads=1)(task.data)
+    fresh = Regression()
+    torch.testing.assert_close(errors, fresh.rows(centred(fresh.data))[0].detach())
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_step_that_is_not_allowed_is_not_taken(allowed, rows_per_part):
+    rows_per_part(7)
+    task = Regression()
+    before = task.optimizer.flat.clone()
+    looked_at = []
+
+    def allow(rows: Rows) -> Tensor:
+        looked_at.append(len(rows[0]))
+        return torch.tensor(allowed)
+
+    objective = Objective[Data](task.network, task.rows, allow=allow)
+    rows, taken = GradientStep(objective, task.optimizer, threads=1)(task.data)
+    assert taken == allowed
+    assert looked_at == [ROWS] == [len(rows[1])]
+    assert torch.equal(task.optimizer.flat, before) != allowed
+
+
+def test_a_loss_that_is_not_finite_is_found_where_it_is_looked_for():
+    task = Regression()
+    broken = task.data[0], task.data[1] * torch.inf
+    with pytest.raises(UserError, match="^the test network's loss became inf"):
+        GradientStep(task.objective, task.optimizer, threads=1)(broken)
+    (errors, _), _ = GradientStep(task.objective, task.optimizer, threads=1, checked=False)(broken)
+    assert errors.isinf().all()

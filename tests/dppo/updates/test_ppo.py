@@ -16,6 +16,7 @@ from dppo.rollout import collect_rollout
 from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch, Pairs, Targets
+from dppo.updates.objective import Rows
 from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig
 from policies import Policy, UserError
 
@@ -93,19 +94,21 @@ class Spy:
         self.pairs: list[list[tuple[int, int]]] = []
         self.rows: list[list[int]] = []
         self.results: list[PolicyLoss] = []
-        policy_loss, value_loss = ppo.policy_loss, ppo.value_loss
 
-        def spied_policy_loss(pairs: Pairs) -> PolicyLoss:
+        def spied_policy_rows(pairs: Pairs) -> Rows:
             self.pairs.append(list(zip(pairs.advantages.tolist(), pairs.step.tolist(), strict=True)))
-            result = policy_loss(pairs)
-            self.results.append(PolicyLoss(result.losses.detach(), result.log_ratios.detach(), result.clip))
-            return result
+            rows = ppo.policy_rows(pairs)
+            self.results.append(PolicyLoss(*(column.detach() for column in rows)))
+            return rows
 
-        def spied_value_loss(targets: Targets) -> Tensor:
+        def spied_value_rows(targets: Targets) -> Rows:
             self.rows.append(targets.returns.tolist())
-            return value_loss(targets)
+            return ppo.value_rows(targets)
 
-        ppo.policy_loss, ppo.value_loss = spied_policy_loss, spied_value_loss
+        actor = dataclasses.replace(ppo.actor_objective, rows=spied_policy_rows)
+        critic = dataclasses.replace(ppo.critic_objective, rows=spied_value_rows)
+        ppo._actor_step = ppo._stepper(actor, ppo.actor_optimizer)
+        ppo._critic_step = ppo._stepper(critic, ppo.critic_optimizer)
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -144,7 +147,7 @@ def test_the_gradient_at_the_old_policy_is_the_policy_gradient(make_trainer, kin
     config = {"normalize_advantages": False, "log_ratio": reduction, "inner_gamma": 0.9, "clip": 0.1}
     trainer = make_trainer(kind, **config)
     batch, policy = rollout_batch(trainer), trainer.policy
-    loss = trainer.update_rule.policy_loss(all_pairs(batch)).losses.mean()
+    loss = trainer.update_rule.policy_rows(all_pairs(batch))[0].mean()
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     surrogate = torch.autograd.grad(loss, parameters)
 
@@ -166,7 +169,7 @@ def test_the_inner_discount_weights_the_steps_of_the_chain(make_trainer):
     trainer = make_trainer("diffusion", normalize_advantages=False, inner_gamma=0.5)
     batch = rollout_batch(trainer)
     row = torch.tensor([5])
-    losses = [trainer.update_rule.policy_loss(pairs_at(batch, row, step)).losses.item() for step in range(3)]
+    losses = [trainer.update_rule.policy_rows(pairs_at(batch, row, step))[0].item() for step in range(3)]
     advantage = float(batch.advantages[5])
     assert losses == pytest.approx([-0.25 * advantage, -0.5 * advantage, -advantage], rel=1e-3)
 
@@ -178,7 +181,7 @@ def test_each_inner_step_is_clipped_at_its_own_range(make_trainer):
     moved = Batch(**{**vars(batch), "log_prob_factors": batch.log_prob_factors.clone()})
     moved.log_prob_factors[:, :, 0, 0] -= math.log(1.1)  # every ratio is 1.1
     rows = torch.arange(len(batch))
-    results = [trainer.update_rule.policy_loss(pairs_at(moved, rows, k)) for k in range(3)]
+    results = [PolicyLoss(*trainer.update_rule.policy_rows(pairs_at(moved, rows, k))) for k in range(3)]
     assert [clip_fraction(result) for result in results] == [1.0, 1.0, 0.0]
 
 
@@ -270,7 +273,7 @@ def test_metrics_are_over_all_pairs_seen_also_where_the_target_kl_cut_an_epoch_s
     metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
     assert len(spy.results) > 10, "more than an epoch"
     assert len(spy.results) % 10 != 0, "and part of another"
-    whole = PolicyLoss.joined(spy.results).metrics().tolist()
+    whole = PolicyLoss.joined([tuple(vars(result).values()) for result in spy.results]).metrics().tolist()
     assert [metrics[name] for name in ("policy_loss", "approx_kl", "clip_fraction")] == pytest.approx(whole, rel=1e-4)
     assert all(value != 0 for value in whole)
 
@@ -310,10 +313,10 @@ def test_the_critic_leaves_no_gradient_in_the_policy_nor_the_policy_one_in_the_c
     trainer = make_trainer("gaussian")
     batch = rollout_batch(trainer)
     rows = torch.arange(8)
-    trainer.update_rule.value_loss(batch.targets(rows)).backward()
+    trainer.update_rule.value_rows(batch.targets(rows))[0].mean().backward()
     assert all(parameter.grad is None for parameter in trainer.policy.parameters())
     trainer.critic.zero_grad(set_to_none=True)
-    trainer.update_rule.policy_loss(pairs_at(batch, rows)).losses.mean().backward()
+    trainer.update_rule.policy_rows(pairs_at(batch, rows))[0].mean().backward()
     assert all(parameter.grad is None for parameter in trainer.critic.parameters())
 
 

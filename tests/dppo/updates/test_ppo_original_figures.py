@@ -7,9 +7,10 @@ import torch
 from original import CASES, Figures, new_name
 
 from dppo.critic import Critic
-from dppo.surrogates import value_loss
+from dppo.surrogates import value_losses
 from dppo.updates.batch import Batch, Pairs, Targets
-from dppo.updates.ppo import PPO, PPOConfig
+from dppo.updates.gradient import GradientStep
+from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig
 
 
 def recorded_ppo(figures: Figures) -> tuple[PPO, Pairs, Targets]:
@@ -41,14 +42,14 @@ def recorded_ppo(figures: Figures) -> tuple[PPO, Pairs, Targets]:
     each = torch.arange(len(batch))  # one row per pair
     ppo = PPO(config, policy, critic, torch.Generator())
     pairs = batch.pairs(each * batch.num_steps + steps)
-    return ppo, replace(pairs, advantages=ppo._advantages(pairs)), batch.targets(each)
+    return ppo, ppo.actor_objective.prepare(pairs), batch.targets(each)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_policy_loss_and_its_statistics_are_the_recorded_ones(case: str) -> None:
     figures = Figures(case)
     ppo, pairs, _ = recorded_ppo(figures)
-    result = ppo.policy_loss(pairs)
+    result = PolicyLoss(*ppo.policy_rows(pairs))
     loss, approx_kl, clip_fraction = result.metrics()
     torch.testing.assert_close(loss, figures["loss.pg_loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(approx_kl, figures["loss.approx_kl"], rtol=1e-4, atol=1e-7)
@@ -60,15 +61,15 @@ def test_the_policy_loss_and_its_statistics_are_the_recorded_ones(case: str) -> 
 def test_the_value_loss_is_the_recorded_one(case: str) -> None:
     figures = Figures(case)
     ppo, _, targets = recorded_ppo(figures)
-    torch.testing.assert_close(ppo.value_loss(targets), figures["loss.v_loss"], rtol=1e-5, atol=1e-6)
-    assert value_loss(targets.returns, targets.returns, targets.values) == 0
+    torch.testing.assert_close(ppo.value_rows(targets)[0].mean(), figures["loss.v_loss"], rtol=1e-5, atol=1e-6)
+    assert not value_losses(targets.returns, targets.returns, targets.values).any()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_of_the_policy_loss_is_the_recorded_one(case: str) -> None:
     figures = Figures(case)
     ppo, pairs, _ = recorded_ppo(figures)
-    gradient, _ = ppo._actor_gradient(ppo._parts(pairs, ppo.actor_optimizer))
+    gradient, _ = GradientStep(ppo.actor_objective, ppo.actor_optimizer, threads=1).gradient(pairs)
     recorded = figures.renamed("grad.actor.")
     names, parameters = zip(*ppo.policy.network.named_parameters(), strict=True)
     parts = gradient.split([parameter.numel() for parameter in parameters])
