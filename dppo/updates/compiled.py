@@ -91,7 +91,7 @@ def _compiled(objective: Objective[Any], optimizer: FlatAdamW) -> Any:
 
 
 def _what_may_change(guards: Sequence[Any]) -> list[bool]:
-    """Of all that the compiler would look at again in each call: the shapes of tensors, not the settings behind them."""
+    """Of all that the compiler would look at again in each call: shapes of tensors, not the settings behind them."""
     return [guard.guard_type in ("SHAPE_ENV", "TENSOR_MATCH") for guard in guards]
 
 

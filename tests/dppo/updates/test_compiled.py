@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_no_step():
     ours, compiled, _, _ = both(max_grad_norm=0.5, weight_decay=0.1)
     compiled(data(8))
     before = state(ours)
-    with pytest.raises(UserError, match="^the test network's loss became inf; lower the learning rate"):
+    with pytest.raises(UserError, match=r"^the test network's loss became inf; lower the learning rate"):
         compiled(data(8, scale=torch.inf))
     assert all(torch.equal(new, old) for new, old in zip(state(ours), before, strict=True))
     compiled(data(8))
@@ -129,7 +129,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_no_step():
     task = Regression(weight_decay=0.1)
     steep = Objective[Data](task.network, lambda data: ((0 * task.network(data[0])).abs().sqrt().squeeze(1),))
     before = state(task)
-    with pytest.raises(UserError, match="^the test network's gradient of the loss became nan; lower the learning"):
+    with pytest.raises(UserError, match=r"^the test network's gradient of the loss became nan; lower the learning"):
         CompiledStep(steep, task.optimizer)(data(8))
     assert all(torch.equal(new, old) for new, old in zip(state(task), before, strict=True))
 

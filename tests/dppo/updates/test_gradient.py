@@ -165,7 +165,7 @@ def test_a_step_that_is_not_allowed_is_not_taken(allowed, rows_per_part):
 def test_a_loss_that_is_not_finite_is_found_where_it_is_looked_for():
     task = Regression()
     broken = task.data[0], task.data[1] * torch.inf
-    with pytest.raises(UserError, match="^the test network's loss became inf"):
+    with pytest.raises(UserError, match=r"^the test network's loss became inf"):
         GradientStep(task.objective, task.optimizer, threads=1)(broken)
     (errors, _), _ = GradientStep(task.objective, task.optimizer, threads=1, checked=False)(broken)
     assert errors.isinf().all()

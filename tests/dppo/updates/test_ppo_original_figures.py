@@ -1,7 +1,5 @@
 """The losses and gradients of PPO are those that the original DPPO implementation was recorded with."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from original import CASES, Figures, new_name
