@@ -13,9 +13,10 @@ from dppo.checkpoint import SCRATCH, find_policy, load_policy
 from dppo.configuration import default_settings, options
 from dppo.envs.vector import Spaces, space_dims
 from dppo.task import Task
-from dppo.updates.ppo import PPOConfig
+from dppo.updates.config import UpdateConfig
+from dppo.updates.rules import CONFIGS
 from policies import Policy, UserError
-from policies.config import config_from_dict
+from policies.config import config_from_dict, near_misses
 
 Plain = Mapping[str, Any]
 
@@ -31,20 +32,15 @@ def build_policy(config: Plain, spaces: Spaces, **changes: Any) -> Policy:
     Raises:
         UserError: settings that are wrong, or do not fit the action space.
     """
-    policy = Policy.from_config(
-        {
-            **config["policy"],
-            "obs_dim": spaces.obs_dim,
-            "action_dim": spaces.action_dim,
-            "network": config["network"],
-            **changes,
-        }
-    )
+    sizes: dict[str, Any] = {"obs_dim": spaces.obs_dim, "action_dim": spaces.action_dim}
+    if config["policy"]["type"] == "categorical":
+        sizes |= {"choices": spaces.choices, "masked": spaces.masked}
+    policy = Policy.from_config({**config["policy"], **sizes, "network": config["network"], **changes})
     check_spaces(policy, spaces, "this configuration", config["task"]["name"])
     return policy
 
 
-def build_update_rule(config: Plain) -> PPOConfig:
+def build_update_rule(config: Plain) -> UpdateConfig:
     """The settings of the update rule that ``algo`` names.
 
     Raises:
@@ -52,9 +48,9 @@ def build_update_rule(config: Plain) -> PPOConfig:
     """
     settings = dict(config["algo"])
     name = settings.pop("type", None)
-    if name != "ppo":
-        raise UserError(f"unknown algo.type {name!r}; there is: ppo")
-    return config_from_dict(PPOConfig, settings, "algo")
+    if name not in CONFIGS:
+        raise UserError(f"unknown algo.type {name!r}{near_misses(str(name), CONFIGS)}; there are: {', '.join(CONFIGS)}")
+    return config_from_dict(CONFIGS[name], settings, "algo")
 
 
 def whole_chain(config: Plain) -> dict[str, Any]:
@@ -74,7 +70,7 @@ def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:
     if policy.discrete != spaces.discrete:
         kinds = ("discrete", "continuous")
         has, needs = kinds if policy.discrete else kinds[::-1]
-        fit = "policy=categorical" if spaces.discrete else "policy=diffusion or policy=gaussian"
+        fit = "policy=categorical" if spaces.discrete else "policy=diffusion, policy=gaussian or policy=mixture"
         raise UserError(f"the {policy.type} policy has {has} actions, but task {task} has {needs} ones; use {fit}")
     for name in ("obs_dim", "action_dim"):
         ours, theirs = getattr(policy.config, name), getattr(spaces, name)
@@ -84,6 +80,10 @@ def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:
                 f"(observation {policy.config.obs_dim}, action {policy.config.action_dim}), the task has {theirs} "
                 f"(observation {spaces.obs_dim}, action {spaces.action_dim})"
             )
+    for name in ("choices", "masked") if spaces.discrete else ():
+        ours, theirs = getattr(policy.config, name), getattr(spaces, name)
+        if ours != theirs:
+            raise UserError(f"{where} does not fit task {task}: its policy has {name} {ours}, the task {theirs}")
 
 
 def implied_choices(config: Plain, overridden: Collection[str], extra: Path | None = None) -> list[str]:

@@ -44,6 +44,14 @@ COMMANDS = {
         dppo finetune experiment=demo
         """,
     ),
+    "compare": (
+        "compare methods over tasks and seeds, several runs at a time, and write a report",
+        """
+        dppo compare comparison=quick
+        dppo compare comparison=gaussian seeds=[0,1] processes=4
+        dppo compare comparison=gaussian output=comparisons/short -- env_steps=200_000 algo.gamma=0.98
+        """,
+    ),
     "evaluate": (
         "evaluate a checkpoint; it knows its task, normalisation and denoising steps itself",
         """
@@ -90,6 +98,7 @@ def _run(command: str, overrides: list[str]) -> int:
     from dppo.building import implied_choices
     from dppo.configuration import compose_config, overridden_keys
 
+    overrides, for_runs = _at_dashes(command, overrides)
     options, overrides = _options(command, overrides)
     config = compose_config(command, overrides, options.config_dir)
     if implied := implied_choices(config, overridden_keys(overrides), options.config_dir):
@@ -102,8 +111,19 @@ def _run(command: str, overrides: list[str]) -> int:
     from dppo.output.video import choose_gl_backend
 
     choose_gl_backend()
-    import_module(f"dppo.commands.{command}").run(config, overridden_keys(overrides))
+    more = {"overrides": for_runs, "extra": options.config_dir} if command == "compare" else {}
+    import_module(f"dppo.commands.{command}").run(config, overridden_keys(overrides), **more)
     return 0
+
+
+def _at_dashes(command: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before ``--`` and after it, which only a comparison has a use for."""
+    if "--" not in arguments:
+        return arguments, []
+    if command != "compare":
+        raise UserError(f"`--` means nothing to dppo {command}; settings are given as key=value")
+    middle = arguments.index("--")
+    return arguments[:middle], arguments[middle + 1 :]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,7 +166,7 @@ def _command_help(command: str) -> str:
     lines += ["examples:", *(f"  {line}" for line in _examples(command)), ""]
     if groups:
         lines += ["choices (every one is a YAML file):"]
-        lines += [f"  {group}={'|'.join(options(group))}" for group in groups if group != "tuning"]
+        lines += [f"  {group}={'|'.join(options(group))}" for group in groups]
         lines += [""]
     text = (config_directory() / f"{command}.yaml").read_text()
     text = (text.split("\n\n", 1)[-1] if groups else text).replace("???", "(required)")

@@ -17,9 +17,10 @@ from dppo.output.metrics import Row
 from dppo.precision import Precision, computing_in
 from dppo.threads import single_thread
 from dppo.updates.batch import split
+from dppo.updates.flat import FlatParameters
 from dppo.updates.gradient import GradientStep
 from dppo.updates.objective import Objective, Rows
-from dppo.updates.optimizer import FlatAdamW, flatten
+from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.schedule import schedule_factor
 from policies import Policy, UserError
 
@@ -80,7 +81,7 @@ class Cloner:
         )
         self.averaged = copy.deepcopy(policy)
         """The policy with averaged weights."""
-        self.average = flatten(self.averaged.parameters())
+        self.average = FlatParameters(self.averaged.parameters()).values
         """[P], the weights themselves."""
         objective = Objective[tuple[Tensor, ...]](policy, self._rows)
         self._step = GradientStep(objective, self.optimizer, threads=torch.get_num_threads(), checked=False)
@@ -132,7 +133,7 @@ class Cloner:
         if not self.prepared:
             self._prepare()
         (losses,), _ = self._step(self.prepared.pop(0))
-        self.average.lerp_(self.optimizer.flat, 1.0 if self.updates == 0 else 1 - self.config.ema_decay)
+        self.average.lerp_(self.optimizer.parameters.values, 1.0 if self.updates == 0 else 1 - self.config.ema_decay)
         self.updates += 1
         return losses.mean()
 

@@ -130,7 +130,9 @@ def _typed(values: Mapping[Any, Any], defaults: Mapping[str, Any], where: str) -
     for name, default in defaults.items():
         if isinstance(default, Mapping):
             if not isinstance(values[name], Mapping):
-                raise UserError(f"{where}, {name}: holds settings ({name}.{next(iter(default))}=... and so on)")
+                raise UserError(f"{where}, {name}: holds settings ({name}.{next(iter(default), 'x')}=... and so on)")
+            if not default:  # whatever names the user likes
+                continue
             for key in values[name]:
                 if key not in default:
                     raise _no_setting(f"{where}, {name}", str(key), default)

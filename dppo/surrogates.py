@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 LogRatio = Literal["sum", "mean"]
 
@@ -42,11 +43,27 @@ def log_ratio(
     return difference.sum(1) if reduction == "sum" else difference.mean(1)
 
 
-def clipped_loss(log_ratios: Tensor, advantages: Tensor, clip: Tensor) -> Tensor:
-    """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated, per sample [B]; ``clip`` broadcasts to [B]."""
-    ratio = log_ratios.clamp(max=MAX_LOG_RATIO).exp()
+def ratio_of(log_ratios: Tensor) -> Tensor:
+    """pi_new / pi_old of each sample [B]."""
+    return log_ratios.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def clipped_loss(log_ratios: Tensor, advantages: Tensor, clip: Tensor, dual_clip: float | None = None) -> Tensor:
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated, per sample [B].
+
+    Args:
+        log_ratios: [B].
+        advantages: [B].
+        clip: broadcasts to [B].
+        dual_clip: above 1; where an advantage is negative, the objective is at least so many times it, however large
+            the ratio (Ye et al. 2020, eq. 5). None: no bound.
+    """
+    ratio = ratio_of(log_ratios)
     clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+    return -objective
 
 
 def clip_ranges(num_steps: int, base: float, full: float, rate: float) -> Tensor:
@@ -61,12 +78,33 @@ def clip_ranges(num_steps: int, base: float, full: float, rate: float) -> Tensor
     return base + (full - base) * share
 
 
+def kl_terms(log_ratios: Tensor) -> Tensor:
+    """r - 1 - log r >= 0 of each sample of the old policy [B]; their mean estimates KL(old || new) without bias."""
+    return log_ratios.clamp(max=MAX_LOG_RATIO).expm1() - log_ratios
+
+
 def approximate_kl(log_ratios: Tensor) -> Tensor:
-    """E[r - 1 - log r] >= 0 over samples of the old policy (scalar): KL(old || new) where r is the true ratio.
+    """KL(old || new) from samples of the old policy (scalar), where the ratios are true ones: the mean of `kl_terms`.
 
     With ratios of mean log-likelihoods (`log_ratio` with ``mean``) it is a KL on that reduced scale only.
     """
-    return (log_ratios.expm1() - log_ratios).mean()
+    return kl_terms(log_ratios).mean()
+
+
+def entropy_terms(law: Distribution, factors: Tensor, log_ratios: Tensor) -> Tensor:
+    """Terms [B] whose mean is the entropy of a policy, and whose gradient is the entropy's.
+
+    Where a law has no closed form: -r log pi of what was sampled, without bias at the policy that sampled.
+
+    Args:
+        law: batch shape [B].
+        factors: [B, *F], log-likelihood factors of what was sampled.
+        log_ratios: [B], of the new policy to that which sampled.
+    """
+    try:
+        return law.entropy()
+    except NotImplementedError:
+        return -ratio_of(log_ratios) * factors.reshape(len(factors), -1).sum(1)
 
 
 def value_losses(values: Tensor, returns: Tensor, old_values: Tensor, clip: float | None = None) -> Tensor:

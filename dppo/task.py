@@ -33,6 +33,8 @@ class Task:
     """An episode succeeds if the reward of any environment step is at least this. None: there is no such notion."""
     dataset: str = ""
     """Minari id of the demonstrations. Empty: there are none."""
+    action_mask: str | None = None
+    """Where discrete actions are marked as valid: "info" for info["action_mask"], or a key of the observation."""
 
     def __post_init__(self) -> None:
         if self.max_episode_steps is not None and self.max_episode_steps < 1:

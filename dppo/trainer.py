@@ -20,7 +20,8 @@ from dppo.reward_scaling import RewardScaler
 from dppo.rollout import Actor, EpisodeResult, Rollout, Storage, collect_rollout
 from dppo.task import Task
 from dppo.updates.batch import Batch
-from dppo.updates.ppo import PPO, PPOConfig
+from dppo.updates.config import UpdateConfig
+from dppo.updates.rules import make_update_rule
 from policies import Policy
 
 VALUE_BATCH = 16_384
@@ -52,7 +53,7 @@ class Trainer:
     """A policy in training."""
 
     def __init__(
-        self, policy: Policy, task: Task, config: TrainerConfig, algo: PPOConfig, critic: Mapping[str, Any]
+        self, policy: Policy, task: Task, config: TrainerConfig, algo: UpdateConfig, critic: Mapping[str, Any]
     ) -> None:
         """``critic`` is the network of the critic as plain data. The policy is trained in place, on its device."""
         self.policy = policy.train()
@@ -63,7 +64,7 @@ class Trainer:
         seeds = [int(seed) for seed in np.random.SeedSequence(config.seed).generate_state(4)]
         torch.manual_seed(seeds[0])  # of the critic's weights
         self.critic = Critic(critic, policy.config.history, policy.config.obs_dim).to(device)
-        self.update_rule = PPO(algo, policy, self.critic, torch.Generator(device).manual_seed(seeds[1]))
+        self.update_rule = make_update_rule(algo, policy, self.critic, torch.Generator(device).manual_seed(seeds[1]))
         self.reward_scaler = RewardScaler(config.num_envs, algo.gamma).to(device)
         env = make_vector_env(
             task,

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from policies.categorical import CategoricalPolicy
     from policies.chain import DiffusionPolicy
     from policies.gaussian import GaussianPolicy
+    from policies.mixture import MixturePolicy
 
 __all__ = [
     "CategoricalPolicy",
     "DiffusionPolicy",
     "GaussianPolicy",
+    "MixturePolicy",
     "Policy",
     "Sample",
     "UserError",
@@ -28,6 +30,7 @@ _HOMES = {
     "CategoricalPolicy": "policies.categorical",
     "DiffusionPolicy": "policies.chain",
     "GaussianPolicy": "policies.gaussian",
+    "MixturePolicy": "policies.mixture",
     "Policy": "policies.base",
     "Sample": "policies.base",
     "log_prob_factors": "policies.base",

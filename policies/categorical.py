@@ -1,4 +1,4 @@
-"""The categorical policy: discrete actions as a chain of one step."""
+"""The categorical policy: discrete actions, one or several at a time, as a chain of one step."""
 
 from __future__ import annotations
 
@@ -8,27 +8,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution
+from torch.distributions import Categorical, Distribution, Independent
+from torch.nn import functional as F
 
-from policies.base import Policy, PolicyConfig, Sample
+from policies.base import Policy, PolicyConfig, Sample, log_prob_factors
 from policies.networks.registry import build_head
+
+NEVER = -1e8
+"""Logit of an action that is not valid: its probability is 0, and its gradient too, where minus infinity had none."""
 
 
 @dataclass(frozen=True)
 class CategoricalConfig(PolicyConfig):
-    """Settings of a `CategoricalPolicy`; ``action_dim`` is the number of actions."""
+    """Settings of a `CategoricalPolicy`; ``action_dim`` is the number of actions, of all dimensions together."""
 
     network: Mapping[str, Any] = field(default_factory=lambda: {"type": "mlp"})
     """The network as plain data, see `policies.networks.registry`."""
+    choices: tuple[int, ...] | None = None
+    """Number of actions in each of several dimensions (MultiDiscrete, MultiBinary); None: there is one (Discrete)."""
+    masked: bool = False
+    """The last ``action_dim`` entries of an observation say which actions are valid (1) and which are not (0)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.chunk != 1:
             raise ValueError(f"discrete actions come one at a time: chunk must be 1, not {self.chunk}")
+        if self.choices is not None and (not self.choices or min(self.choices) < 1):
+            raise ValueError(f"choices must be positive, not {list(self.choices)}")
+        if self.choices is not None and sum(self.choices) != self.action_dim:
+            raise ValueError(f"choices {list(self.choices)} must add up to action_dim, {self.action_dim}")
+        if self.masked and self.obs_dim <= self.action_dim:
+            raise ValueError(f"an observation of {self.obs_dim} entries holds no mask of {self.action_dim} actions")
 
 
 class CategoricalPolicy(Policy, type="categorical"):
-    """Softmax over discrete actions."""
+    """Softmax over discrete actions; independent ones where there are several dimensions."""
 
     Config = CategoricalConfig
     config: CategoricalConfig
@@ -37,10 +51,23 @@ class CategoricalPolicy(Policy, type="categorical"):
 
     def __init__(self, config: CategoricalConfig) -> None:
         super().__init__(config)
-        self.network = build_head(config.network, config.history * config.obs_dim, config.action_dim, output_gain=0.01)
+        self._obs_dim = config.obs_dim - (config.action_dim if config.masked else 0)
+        self.network = build_head(config.network, config.history * self._obs_dim, config.action_dim, output_gain=0.01)
 
     def _law(self, obs: Tensor) -> Categorical:
-        return Categorical(logits=self.network(self.normalize_obs(obs).flatten(1)), validate_args=False)
+        """Of actions [B], or [B, D] where there are several dimensions."""
+        logits = self.network(self.normalize_obs(obs)[..., : self._obs_dim].flatten(1))
+        if self.config.masked:
+            logits = torch.where(obs[:, -1, self._obs_dim :] > 0.5, logits, NEVER)
+        return Categorical(logits=self._apart(logits, NEVER), validate_args=False)
+
+    def _apart(self, flat: Tensor, filler: float) -> Tensor:
+        """[B, action_dim] -> [B, D, most], the dimensions filled up to the longest; as it is if there is but one."""
+        if self.config.choices is None:
+            return flat
+        parts = flat.split(list(self.config.choices), dim=1)
+        most = max(self.config.choices)
+        return torch.stack([F.pad(part, (0, most - part.shape[1]), value=filler) for part in parts], 1)
 
     def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard exponential [B, Da]."""
@@ -52,14 +79,16 @@ class CategoricalPolicy(Policy, type="categorical"):
         scores = law.logits
         if not deterministic:
             # The Gumbel-max trick: minus the logarithm of a standard exponential variable is a Gumbel one.
-            scores = scores - noise.log()
+            scores = scores - self._apart(noise, 1.0).log()
         action = scores.argmax(-1)
-        chain = torch.stack([torch.zeros_like(action), action], dim=1)  # [B, 2]; z_0 says nothing
-        return Sample(action, chain, law.log_prob(action)[:, None])
+        chain = torch.stack([torch.zeros_like(action), action], dim=1)  # [B, 2, *D]; z_0 says nothing
+        return Sample(action, chain, log_prob_factors(law, action)[:, None])
 
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
-        return self._law(obs)
+        law = self._law(obs)
+        return law if self.config.choices is None else Independent(law, 1, validate_args=False)
 
     def exercise_losses(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Cross-entropy against the demonstrated actions, [B]."""
-        return -self._law(obs).log_prob(action)
+        """Cross-entropy against the demonstrated actions, [B]; its mean over their dimensions."""
+        losses = -self._law(obs).log_prob(action)
+        return losses if self.config.choices is None else losses.mean(1)

@@ -1,4 +1,4 @@
-"""The Gaussian policy: the chain of one step that is plain continuous-control PPO."""
+"""The Gaussian policy, squashed or not: the chain of one step that is plain continuous-control PPO."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
 from policies.base import Policy, PolicyConfig, Sample, log_prob_factors
+from policies.distributions import SquashedNormal
 from policies.networks.registry import build_head
 from policies.normalization import Affine
+
+LARGEST = 0.999
+"""Demonstrated action, in normalised units, that a squashed Gaussian imitates: the tanh never reaches 1."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class GaussianConfig(PolicyConfig):
     """The std at the start, in normalised units."""
     min_std: float = 0.01
     """Floor of the std, approached smoothly so that its gradient never vanishes."""
+    squash: bool = False
+    """Take the tanh of what the Gaussian draws, so that actions keep to their bounds (Haarnoja et al. 2018, app. C)."""
 
     adjustable: ClassVar[frozenset[str]] = frozenset({"executed", "min_std"})
 
@@ -41,7 +47,10 @@ class GaussianConfig(PolicyConfig):
 
 
 class GaussianPolicy(Policy, type="gaussian"):
-    """A diagonal Gaussian over the action chunk in normalised units; std = min_std + softplus(raw)."""
+    """A diagonal Gaussian over the action chunk in normalised units; std = min_std + softplus(raw).
+
+    If it is squashed, the latent is the value before the tanh, and its likelihood that of the value after it.
+    """
 
     Config = GaussianConfig
     config: GaussianConfig
@@ -69,7 +78,8 @@ class GaussianPolicy(Policy, type="gaussian"):
         else:
             raw_std = self.raw_std
         std = self.config.min_std + F.softplus(raw_std)
-        return Normal(out.unflatten(1, self.latent_shape), std, validate_args=False)
+        kind = SquashedNormal if self.config.squash else Normal
+        return kind(out.unflatten(1, self.latent_shape), std, validate_args=False)
 
     def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal [B, Tp, Da]."""
@@ -81,8 +91,9 @@ class GaussianPolicy(Policy, type="gaussian"):
         if not deterministic:
             latent = torch.addcmul(latent, law.stddev, noise)
         chain = torch.stack([torch.zeros_like(latent), latent], dim=1)  # z_0 says nothing
+        normalized = latent.tanh() if self.config.squash else latent
         return Sample(
-            self.action_scaler.denormalize(latent[:, : self.config.executed_chunk]),
+            self.action_scaler.denormalize(normalized[:, : self.config.executed_chunk]),
             chain,
             log_prob_factors(law, latent)[:, None],
         )
@@ -92,4 +103,7 @@ class GaussianPolicy(Policy, type="gaussian"):
 
     def exercise_losses(self, obs: Tensor, action: Tensor) -> Tensor:
         """Negative log-likelihood per action dimension, in normalised units, [B]."""
-        return -self._law(obs).log_prob(self.action_scaler.normalize(action)).flatten(1).mean(1)
+        latent = self.action_scaler.normalize(action)
+        if self.config.squash:
+            latent = latent.clamp(-LARGEST, LARGEST).atanh()
+        return -self._law(obs).log_prob(latent).flatten(1).mean(1)

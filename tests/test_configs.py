@@ -1,6 +1,7 @@
 """Every configuration file composes, and everything in it is known to the code that reads it."""
 
 import dataclasses
+import itertools
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dppo.building import build_policy, build_task, build_update_rule
 from dppo.cli import COMMANDS
 from dppo.cloning import CloningConfig
 from dppo.commands.finetune import trainer_config
+from dppo.comparison.plan import ComparisonConfig, plan
 from dppo.configuration import compose_config, config_directory, groups_of, options
 from dppo.critic import Critic
 from dppo.envs.vector import Spaces, space_dims
@@ -20,13 +22,13 @@ from dppo.output.run_directory import RunDirectory
 from dppo.run_setup import build_sinks
 from dppo.task import Task
 from dppo.trainer import TrainerConfig
-from dppo.updates.ppo import PPOConfig
+from dppo.updates.rules import CONFIGS
 from policies import Policy, UserError
 from policies.config import config_from_dict
 
 TRAINING = ("collect", "pretrain", "finetune")
 FILES = sorted(path.relative_to(config_directory()) for path in config_directory().rglob("*.yaml"))
-CHOICES = [path for path in FILES if len(path.parts) == 2 and path.parent.name != "tuning"]
+CHOICES = [path for path in FILES if len(path.parts) == 2]
 
 
 @cache
@@ -40,6 +42,12 @@ def fits(config: dict[str, Any], spaces: Spaces) -> bool:
 
 def build_everything(command: str, config: dict[str, Any]) -> None:
     """Make every record and network that the command makes of its configuration."""
+    if command == "compare":
+        names = [field.name for field in dataclasses.fields(ComparisonConfig)]
+        comparison = config_from_dict(ComparisonConfig, {name: config[name] for name in names}, "compare")
+        for run in plan(comparison, Path("nowhere")):
+            build_everything("finetune", compose_config("finetune", run.overrides))
+        return
     spaces = spaces_of(build_task(config).name)
     if fits(config, spaces):
         policy = build_policy(config, spaces)
@@ -48,7 +56,7 @@ def build_everything(command: str, config: dict[str, Any]) -> None:
         with pytest.raises(UserError, match="use policy="):
             build_policy(config, spaces)
     if command in ("finetune", "collect"):
-        assert isinstance(build_update_rule(config), PPOConfig)
+        assert type(build_update_rule(config)) is CONFIGS[config["algo"]["type"]]
         Critic(config["critic"], 1, spaces.obs_dim)
     if command in ("finetune", "pretrain"):
         evaluation = {key: value for key, value in config["evaluation"].items() if key != "interval"}
@@ -107,10 +115,22 @@ def test_every_experiment_says_which_task_it_is(name):
     assert "override /policy:" in text
 
 
-@pytest.mark.parametrize("name", options("tuning"))
-def test_every_tuning_belongs_to_a_task_that_there_is(name):
-    pairs = [f"{task}_{policy}" for task in options("task") for policy in options("policy")]
-    assert name in [*pairs, *(f"collect_{task}" for task in options("task"))]
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "tuning"], ids=str)
+def test_every_tuning_belongs_to_choices_that_there_are(path):
+    """They are chosen by the choices of other groups, and a name that nobody makes would never take effect."""
+    directory = path.parent.name
+    groups = ["task"] if directory == "collect" else directory.split("_")
+    names = ["_".join(names) for names in itertools.product(*(options(group) for group in groups))]
+    assert path.stem in names
+
+
+@pytest.mark.parametrize("algo", options("algo"))
+@pytest.mark.parametrize("policy", options("policy"))
+def test_every_policy_can_be_trained_by_every_update_rule(policy, algo):
+    task = "cartpole" if policy == "categorical" else "hopper"
+    config = compose_config("finetune", [f"task={task}", f"policy={policy}", f"algo={algo}"])
+    assert config["algo"]["type"] == algo
+    build_everything("finetune", config)
 
 
 def test_a_tuning_takes_effect_for_its_own_task_and_policy_only():
@@ -130,7 +150,8 @@ def test_what_the_user_sets_wins_over_tuning_experiment_and_policy():
 def test_every_command_composes_without_any_choice():
     for command in COMMANDS:
         config = compose_config(command, ["checkpoint=somewhere"] if command == "evaluate" else [])
-        assert config["seed"] == (100_000 if command == "evaluate" else 0)
+        seeds = {"evaluate": {"seed": 100_000}, "compare": {"seeds": [0, 1, 2, 3, 4]}}
+        assert seeds.get(command, {"seed": 0}).items() <= config.items()
 
 
 # --- nothing unknown, nothing missing
@@ -146,12 +167,21 @@ def fields(record: type) -> set[str]:
     return {field.name for field in dataclasses.fields(record)}
 
 
-def test_the_algorithm_lists_every_setting_that_ppo_has():
-    assert keys("algo", "ppo.yaml") == fields(PPOConfig)
+@pytest.mark.parametrize("name", options("algo"))
+def test_every_update_rule_lists_every_setting_that_it_has(name):
+    assert keys("algo", f"{name}.yaml") == fields(CONFIGS[name])
 
 
-def test_the_defaults_of_ppo_are_those_of_its_record():
-    assert build_update_rule(compose_config("finetune", ["task=hopper", "policy=gaussian"])) == PPOConfig()
+@pytest.mark.parametrize("name", options("algo"))
+def test_the_defaults_of_an_update_rule_are_those_of_its_record(name):
+    """But for those that two rules share a record in, and differ in."""
+    rule = build_update_rule(compose_config("finetune", ["task=hopper", "policy=gaussian", f"algo={name}"]))
+    own = {key: value for key, value in vars(rule).items() if value != vars(CONFIGS[name]())[key]}
+    shared = {
+        "a2c": {"gae_lambda", "learning_rate", "normalize_advantages"},
+        "vpg": {"gae_lambda", "learning_rate", "critic_epochs", "critic_batch_size"},
+    }
+    assert own.keys() == shared.get(name, set())
 
 
 @pytest.mark.parametrize("name", options("task"))
@@ -163,7 +193,8 @@ def test_every_task_lists_every_setting_that_a_task_has(name):
 def test_every_policy_lists_every_setting_that_it_has(name):
     listed = set(compose_config("finetune", [f"policy={name}"])["policy"]) - {"type"}
     own = fields(Policy.registry[name].Config) - {"obs_dim", "action_dim", "network"}
-    assert listed == own - ({"executed"} if name == "categorical" else set()), "discrete actions come one at a time"
+    fixed = {"categorical": {"executed", "choices", "masked"}, "mixture": {"executed"}}  # by the task, or at all
+    assert listed == own - fixed.get(name, set())
 
 
 @pytest.mark.parametrize("command", ["finetune", "pretrain"])
@@ -198,4 +229,8 @@ def test_every_logger_can_be_made_or_says_what_is_missing(name, tmp_path):
 def test_no_file_is_left_out_of_these_tests(path: Path):
     """A new folder of configurations must be a group of some command."""
     groups = {group for command in COMMANDS for group in groups_of(command)}
-    assert path.stem in COMMANDS if len(path.parts) == 1 else path.parent.name in groups
+    commands = "".join((config_directory() / f"{command}.yaml").read_text() for command in COMMANDS)
+    if len(path.parts) == 1:
+        assert path.stem in COMMANDS
+    else:
+        assert path.parent.name in groups or f"  - optional {path.parent}: " in commands

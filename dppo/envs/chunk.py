@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
 from policies.errors import UserError
 
@@ -16,8 +16,8 @@ class ChunkEnv(gymnasium.Wrapper[np.ndarray, Any, np.ndarray, Any]):
     """Executes a chunk of Ta actions per step and returns the last To observations.
 
     The observation is [To, Do] float32 in the environment's units; the history moves at every environment step, also
-    inside the chunk, and is filled with the first observation at a reset. The action is [Ta, Da] (a Discrete action
-    space stays as it is and needs Ta = 1); it is clipped to the bounds of the environment's action space. A chunk
+    inside the chunk, and is filled with the first observation at a reset. The action is [Ta, Da] (discrete action
+    spaces stay as they are and need Ta = 1); it is clipped to the bounds of the environment's action space. A chunk
     stops where the episode ends. The reward of a step is the plain sum over the chunk.
 
     The info of a step holds these two entries and nothing of the environment's own:
@@ -55,7 +55,7 @@ class ChunkEnv(gymnasium.Wrapper[np.ndarray, Any, np.ndarray, Any]):
         """Execute one chunk.
 
         Args:
-            action: [Ta, Da] (Discrete: one integer).
+            action: [Ta, Da] (Discrete: one integer; MultiDiscrete and MultiBinary: one of each dimension).
 
         Returns:
             Observation history [To, Do], summed reward, terminated, truncated, info (see the class).
@@ -79,8 +79,10 @@ class ChunkEnv(gymnasium.Wrapper[np.ndarray, Any, np.ndarray, Any]):
     def _env_actions(self, action: Any) -> Any:
         """The actions to execute, one after the other."""
         space = self.action_space
-        if not isinstance(space, Box):
+        if isinstance(space, Discrete):
             return (int(action),)
+        if not isinstance(space, Box):
+            return (np.asarray(action, space.dtype),)
         action = np.asarray(action, space.dtype)
         if action.shape != space.shape:
             raise ValueError(f"expected an action chunk of shape {space.shape}, got {action.shape}")
@@ -103,7 +105,7 @@ def _observation_bounds(env: gymnasium.Env) -> tuple[np.ndarray, np.ndarray]:
     space = env.observation_space
     if not isinstance(space, Box):
         raise UserError(
-            f"{_name(env)}: observations of type {type(space).__name__} are not supported, only Box and Dict"
+            f"{_name(env)}: observations of type {type(space).__name__} are not supported, only what can be flattened"
         )
     if len(space.shape) != 1:
         raise UserError(f"{_name(env)}: observations of shape {space.shape} are not supported, only vectors")
@@ -111,18 +113,20 @@ def _observation_bounds(env: gymnasium.Env) -> tuple[np.ndarray, np.ndarray]:
         return space.low.astype(np.float32), space.high.astype(np.float32)
 
 
-def _chunk_space(env: gymnasium.Env, chunk: int) -> Box | Discrete:
+def _chunk_space(env: gymnasium.Env, chunk: int) -> Box | Discrete | MultiDiscrete | MultiBinary:
     space = env.action_space
-    if isinstance(space, Discrete):
+    if isinstance(space, Discrete | MultiDiscrete | MultiBinary) and len(space.shape or ()) <= 1:
         if chunk != 1:
             raise UserError(f"{_name(env)}: discrete actions cannot be chunked; set the chunk to 1, got {chunk}")
-        if space.start != 0:
-            raise UserError(f"{_name(env)}: discrete actions must be counted from 0, but start at {space.start}")
+        start = getattr(space, "start", 0)
+        if np.any(start):
+            raise UserError(f"{_name(env)}: discrete actions must be counted from 0, but start at {start}")
         return space
     if isinstance(space, Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating):
         tiles = (chunk, 1)
         return Box(np.tile(space.low, tiles), np.tile(space.high, tiles), dtype=space.dtype.type)
-    raise UserError(f"{_name(env)}: the action space {space} is not supported, only a vector of floats or Discrete")
+    supported = "a vector of floats, Discrete, MultiDiscrete and MultiBinary"
+    raise UserError(f"{_name(env)}: the action space {space} is not supported, only {supported}")
 
 
 def _name(env: gymnasium.Env) -> str:

@@ -13,10 +13,11 @@ import cloudpickle
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
+from dppo.envs.action_mask import ActionMask, choices_of
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.native.registry import rules_of
 from dppo.envs.workers.choice import worthwhile_workers
@@ -32,14 +33,18 @@ class Spaces:
     """What a policy must know of a task's spaces."""
 
     obs_dim: int
-    """Do, after a Dict observation has been flattened."""
+    """Do, after an observation that is no vector has been flattened; with the mask of actions, if there is one."""
     action_dim: int
-    """Da (Discrete: the number of actions)."""
-    discrete: bool
+    """Da (discrete: the number of actions, of all dimensions together)."""
     action_low: np.ndarray
-    """Smallest action [Da] float32, -inf where there is no bound (Discrete: empty)."""
+    """Smallest action [Da] float32, -inf where there is no bound (discrete: empty)."""
     action_high: np.ndarray
-    """Largest action [Da] float32, inf where there is no bound (Discrete: empty)."""
+    """Largest action [Da] float32, inf where there is no bound (discrete: empty)."""
+    discrete: bool = False
+    choices: tuple[int, ...] | None = None
+    """Number of actions in each of several dimensions (MultiDiscrete, MultiBinary); None: one dimension at most."""
+    masked: bool = False
+    """Whether the last Da entries of an observation say which actions are valid."""
 
 
 def make_env(task: Task, *, history: int, chunk: int, render_mode: str | None = None) -> ChunkEnv:
@@ -49,7 +54,9 @@ def make_env(task: Task, *, history: int, chunk: int, render_mode: str | None = 
         UserError: the environment does not exist, cannot be built, or has a space that is not supported.
     """
     env = make_plain_env(task, render_mode=render_mode)
-    if isinstance(env.observation_space, Dict):
+    if task.action_mask is not None:
+        env = ActionMask(env, task.action_mask)
+    elif not isinstance(env.observation_space, Box) and env.observation_space.is_np_flattenable:
         env = FlattenObservation(env)
     return ChunkEnv(env, history=history, chunk=chunk)
 
@@ -173,12 +180,13 @@ def space_dims(task: Task) -> Spaces:
     try:
         assert env.observation_space.shape is not None
         obs_dim = env.observation_space.shape[-1]
-        action = env.action_space
-        if isinstance(action, Discrete):
-            unbounded = np.zeros(0, np.float32)
-            return Spaces(obs_dim, int(action.n), True, unbounded, unbounded)
+        action, masked = env.action_space, task.action_mask is not None
+        counts = choices_of(action)
+        if counts is not None:
+            bounds, choices = np.zeros(0, np.float32), None if isinstance(action, Discrete) else counts
+            return Spaces(obs_dim, sum(counts), bounds, bounds, discrete=True, choices=choices, masked=masked)
         assert isinstance(action, Box)
         low, high = action.low[0].astype(np.float32), action.high[0].astype(np.float32)
-        return Spaces(obs_dim, low.shape[0], False, low, high)
+        return Spaces(obs_dim, low.shape[0], low, high)
     finally:
         env.close()

@@ -1,11 +1,13 @@
-"""Pictures of a run: the learning curve of fine-tuning, and the loss curve of pretraining."""
+"""Pictures of a run: the learning curve of fine-tuning, and the loss curve of pretraining; and of several runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from dppo.statistics import EvaluationSummary, Interval
 
@@ -29,6 +31,8 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
 }
 BLUE, ORANGE, GREY = "#1f6fb4", "#d1580f", "#666666"
+COLORS = (BLUE, ORANGE, "#2a8c4a", "#8c3fa0", "#b8860b", "#0f8f97", "#c2306a", GREY)
+"""Of several methods, in their order."""
 
 
 def learning_curve(
@@ -104,6 +108,40 @@ def pretraining_curve(rows: Rows, path: Path, *, title: str = "Behaviour cloning
         for panel in panels:
             panel.set_xlabel("epochs" if x_axis == "epoch" else x_axis)
             _format_counts(panel.xaxis.set_major_formatter, panel.get_xlim())
+    return path
+
+
+class Curve(NamedTuple):
+    """One method on one task; all [X]."""
+
+    name: str
+    x: np.ndarray
+    """Environment steps."""
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def comparison_curves(curves: Mapping[str, Sequence[Curve]], path: Path, *, title: str) -> Path:
+    """Draw a panel for each task, with a line and a band for each method, as a PNG.
+
+    Args:
+        curves: by task; a method has the same colour in all of them.
+        path: the file to write; its folder is made.
+        title: what was compared.
+    """
+    names = list(dict.fromkeys(curve.name for drawn in curves.values() for curve in drawn))
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    with _panels(path, title, count=len(curves)) as panels:
+        for panel, (task, drawn) in zip(panels, curves.items(), strict=True):
+            for curve in drawn:
+                panel.plot(curve.x, curve.value, label=curve.name, color=colors[curve.name])
+                panel.fill_between(curve.x, curve.low, curve.high, color=colors[curve.name], alpha=0.18, linewidth=0)
+            panel.set_title(task)
+            panel.set_xlabel("environment steps")
+            panel.set_ylabel("return")
+            _format_counts(panel.xaxis.set_major_formatter, panel.get_xlim())
+            _format_counts(panel.yaxis.set_major_formatter, panel.get_ylim())
     return path
 
 

@@ -131,12 +131,17 @@ def provenance() -> dict[str, Any]:
     """Where this process runs: plain data, never fails. The host's name is left out on purpose."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git(),
         "machine": _machine(),
     }
+
+
+def command_line() -> str:
+    """How this process was called."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _version(package: str) -> str | None:

@@ -38,6 +38,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.obs)
 
+    @property
+    def entropy(self) -> float:
+        """An estimate from what was sampled: of the actions, and where there are several inner steps, of the chain."""
+        return -float(self.log_prob_factors.sum()) / len(self)
+
     def pairs(self, indices: Tensor) -> Pairs:
         """Copies of the pairs ``row * K + step`` [B]."""
         rows, steps = indices // self.num_steps, indices % self.num_steps

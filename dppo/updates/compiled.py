@@ -37,7 +37,9 @@ class CompiledStep(Generic[Record]):
             message = f"compile needs a C++ compiler, and {compiler} is not there; install it, or name one in CXX"
             raise UserError(message)
         self._optimizer = optimizer
-        self._learning_rate = torch.zeros((), device=optimizer.flat.device)  # a number would be compiled in
+        self._learning_rate = torch.zeros(
+            (), device=optimizer.parameters.values.device
+        )  # a number would be compiled in
         self._first = True
         self._compiled = _compiled(objective, optimizer)
 
@@ -51,7 +53,7 @@ class CompiledStep(Generic[Record]):
         self._learning_rate.fill_(optimizer.learning_rate)
         with single_thread():
             rows, allowed, loss, norm = self._compiled(
-                optimizer.flat, *optimizer.moments, self._learning_rate, type(minibatch), *tensors
+                optimizer.parameters.values, *optimizer.moments, self._learning_rate, type(minibatch), *tensors
             )
         if not allowed:
             return rows, False
@@ -61,13 +63,11 @@ class CompiledStep(Generic[Record]):
 
 def _compiled(objective: Objective[Any], optimizer: FlatAdamW) -> Any:
     holder = _Holder(objective)
-    shapes = {name: value.shape for name, value in holder.named_parameters() if value.requires_grad}
+    names = [name for name, value in holder.named_parameters() if value.requires_grad]
     largest, weight_decay = optimizer.max_grad_norm, optimizer.weight_decay
 
     def mean_loss(flat: Tensor, record: Any) -> tuple[Tensor, Rows]:
-        parts = flat.split([shape.numel() for shape in shapes.values()])
-        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        rows = functional_call(holder, parameters, (record,))
+        rows = functional_call(holder, dict(zip(names, optimizer.parameters.split(flat), strict=True)), (record,))
         return rows[0].mean(), rows
 
     def step(

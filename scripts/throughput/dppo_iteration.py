@@ -19,6 +19,7 @@ from dppo.commands.finetune import trainer_config
 from dppo.configuration import compose_config
 from dppo.output.metrics import Row
 from dppo.trainer import Trainer
+from dppo.updates.first_order import PPOConfig
 from policies.chain import DiffusionPolicy
 from throughput.flops import DenoiserFlops, chain_flops, forward_flops, training_flops
 from throughput.limits import SHAPES, ProductLimit, SimulationLimit
@@ -88,7 +89,7 @@ def useful_flops(trainer: Trainer, row: Row) -> dict[str, float]:
     Every row of the rollout counts as a transition, as it is with native environments.
     """
     policy, config = trainer.policy, trainer.algo
-    assert isinstance(policy, DiffusionPolicy)
+    assert isinstance(policy, DiffusionPolicy) and isinstance(config, PPOConfig) and config.batch_size is not None
     rows = trainer.config.num_envs * trainer.config.rollout_steps
     pairs = rows * policy.num_steps
     minibatches = math.ceil(pairs / config.batch_size)

@@ -18,7 +18,7 @@ from dppo.checkpoint import save_checkpoint
 from dppo.configuration import compose_config, overridden_keys
 from dppo.envs.vector import space_dims
 from dppo.task import Task
-from dppo.updates.ppo import PPOConfig
+from dppo.updates.first_order import PPOConfig
 from policies import Policy, UserError
 
 SMALL = ["network.hidden_dims=[8,8,8]", "policy.denoising_steps=4", "policy.finetuned_steps=2"]
@@ -218,7 +218,7 @@ def test_the_update_rule_is_the_configured_one():
         ("algo.log_ratio=product", "algo, log_ratio: .*'sum' or 'mean'"),
         ("algo.learning_rate=fast", "algo, learning_rate: .*fast"),
         ("algo.epochs=2.5", "algo, epochs: .*2.5"),
-        ("algo.epochs=0", "epochs and batch_size must be at least 1"),
+        ("algo.epochs=0", "epochs must be at least 1"),
         ("+algo.clipp=1", r"algo has no setting 'clipp' \(did you mean clip"),
     ],
 )

@@ -11,7 +11,7 @@ from dppo import checkpoint
 from dppo.checkpoint import find_policy, load_policy, save_checkpoint
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.ppo import PPOConfig
+from dppo.updates.first_order import PPOConfig
 from policies import Policy, UserError
 
 
@@ -36,8 +36,9 @@ def test_a_checkpoint_holds_the_critic_the_optimisers_and_the_generators(small_p
     assert torch.equal(tensors["actor_generator"], trainer.actor.generator.get_state())
     assert torch.equal(tensors["update_rule/generator"], trainer.update_rule.generator.get_state())
     assert torch.equal(tensors["reward_scaler/discounted"], trainer.reward_scaler.discounted)
-    for name, module in (("actor", policy), ("critic", trainer.critic)):
-        (moments,) = getattr(trainer.update_rule, f"{name}_optimizer").state_dict()["state"].values()
+    rule = trainer.update_rule
+    for name, module, optimizer in (("actor", policy, rule.optimizer), ("critic", trainer.critic, rule.critic_fit)):
+        (moments,) = optimizer.state_dict()["state"].values()
         trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         for moment in ("exp_avg", "exp_avg_sq"):
             assert moments[moment].shape == (trained,)

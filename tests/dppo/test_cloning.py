@@ -103,7 +103,12 @@ def test_in_bfloat16_only_the_products_are_coarser(make_cloner, kind):
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     coarse.run(4)
     optimizer = coarse.optimizer.state_dict()["state"][0]
-    tensors = [*coarse.policy.parameters(), *coarse.averaged.parameters(), optimizer["exp_avg"], coarse.optimizer.flat]
+    tensors = [
+        *coarse.policy.parameters(),
+        *coarse.averaged.parameters(),
+        optimizer["exp_avg"],
+        coarse.optimizer.parameters.values,
+    ]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 

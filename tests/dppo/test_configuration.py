@@ -88,7 +88,7 @@ def test_an_unknown_setting_is_named_with_its_near_misses(overrides, message):
     [
         ("task=hoper", "unknown task 'hoper' (did you mean hopper?); there are: cartpole, halfcheetah, hopper"),
         ("policy=gausian", "unknown policy 'gausian' (did you mean gaussian"),
-        ("algo=xyzzy", "unknown algo 'xyzzy'; there are: ppo"),
+        ("algo=xyzzy", "unknown algo 'xyzzy'; there are: a2c, npg, ppo, ppo_kl, trpo, vpg"),
         ("experiment=demmo", "unknown experiment 'demmo' (did you mean demo?)"),
         ("task=null", "unknown task 'None'"),
         ("task=", "unknown task ''"),
@@ -156,7 +156,7 @@ def test_a_setting_of_another_command_is_unknown(command):
 def test_the_groups_of_a_command_are_those_of_its_defaults():
     assert groups_of("evaluate") == []
     assert set(groups_of("pretrain")) == {"task", "policy", "network", "logger"}
-    assert options("policy") == ["categorical", "diffusion", "gaussian"]
+    assert options("policy") == ["categorical", "diffusion", "gaussian", "mixture"]
     assert (config_directory() / "finetune.yaml").is_file()
 
 

@@ -11,7 +11,7 @@ from dppo.precision import computing_in
 from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
-from dppo.updates.ppo import PPOConfig
+from dppo.updates.first_order import PPOConfig
 from policies import Policy
 
 KINDS = ("gaussian", "categorical", "diffusion")
@@ -42,9 +42,9 @@ def test_the_gradient_in_bfloat16_points_where_the_one_in_float32_does_but_is_an
     batch = rollout_batch(make_trainer(kind))
     for precision in ("float32", "bfloat16"):
         rule = make_trainer(kind, precision=precision).update_rule
-        losses = rule.policy_rows(batch.pairs(torch.arange(len(batch) * batch.num_steps)))[0]
+        losses = rule.rows(batch.pairs(torch.arange(len(batch) * batch.num_steps)))[0]
         assert losses.dtype == torch.float32
-        gradients.append(rule.actor_optimizer.gradient(losses.mean()))
+        gradients.append(rule.optimizer.parameters.gradient(losses.mean()))
     exact, coarse = gradients
     assert exact.dtype == coarse.dtype == torch.float32
     assert not torch.equal(exact, coarse)
@@ -59,9 +59,9 @@ def test_weights_and_moments_and_what_is_sampled_stay_in_float32(make_trainer, k
     for _ in range(2):
         row = trainer.iterate()
     trainer.close()
-    optimizer = trainer.update_rule.actor_optimizer
+    optimizer = trainer.update_rule.optimizer
     (moments,) = optimizer.state_dict()["state"].values()
-    tensors = [*trainer.policy.parameters(), optimizer.flat, moments["exp_avg"], moments["exp_avg_sq"]]
+    tensors = [*trainer.policy.parameters(), optimizer.parameters.values, moments["exp_avg"], moments["exp_avg_sq"]]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert trainer.storage.log_prob_factors.dtype == torch.float32
     trained = {name for name, value in trainer.policy.named_parameters() if value.requires_grad}
@@ -76,7 +76,7 @@ def test_the_critic_learns_in_float32_whatever_the_policy_does(make_trainer):
     batch = rollout_batch(make_trainer("gaussian"))
     for precision in ("float32", "bfloat16"):
         rule = make_trainer("gaussian", precision=precision).update_rule
-        losses.append(rule.value_rows(batch.targets(torch.arange(len(batch))))[0].mean())
+        losses.append(rule.critic_fit.rows(batch.targets(torch.arange(len(batch))))[0].mean())
     assert losses[0] == losses[1]
 
 

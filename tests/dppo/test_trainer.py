@@ -9,7 +9,7 @@ from torch import Tensor
 from dppo.output.metrics import Row
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.ppo import PPOConfig
+from dppo.updates.first_order import PPOConfig
 from policies import Policy
 
 KINDS = ("gaussian", "categorical", "diffusion")
@@ -243,6 +243,6 @@ def test_the_state_holds_what_a_continued_training_would_need(make_trainer):
     state = trainer.state_dict()
     counters = {"iteration", "env_steps", "wall_clock_s"}
     assert set(state) == {"critic", "reward_scaler", "update_rule", "actor_generator"} | counters
-    assert set(state["update_rule"]) == {"actor_optimizer", "critic_optimizer", "generator"}
+    assert set(state["update_rule"]) == {"actor_optimizer", "critic_optimizer", "surrogate", "speed", "generator"}
     assert (state["iteration"], state["env_steps"]) == (1, trainer.env_steps)
     assert state["update_rule"]["actor_optimizer"]["state"], "the moments of Adam"

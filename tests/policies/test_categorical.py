@@ -1,6 +1,10 @@
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from policies import CategoricalPolicy
 from policies.categorical import CategoricalConfig
@@ -72,3 +76,92 @@ def test_imitation_is_the_cross_entropy_of_the_demonstrated_actions() -> None:
 def test_a_chunk_of_discrete_actions_is_refused() -> None:
     with pytest.raises(ValueError, match="chunk must be 1, not 2"):
         CategoricalConfig(obs_dim=2, action_dim=3, chunk=2)
+
+
+# --- several dimensions, and masks
+
+
+def several(**changes: Any) -> CategoricalPolicy:
+    torch.manual_seed(0)
+    network = {"type": "mlp", "hidden_dims": [8, 8], "activation": "tanh"}
+    settings = {"obs_dim": 2, "action_dim": 6, "choices": (3, 1, 2), "network": network, **changes}
+    policy = CategoricalPolicy(CategoricalConfig(**settings))
+    with torch.no_grad():
+        policy.network.output.weight.mul_(200)
+    return policy
+
+
+def test_the_probabilities_of_all_combinations_sum_to_one_and_factorise() -> None:
+    policy = several()
+    obs = torch.randn(4, 1, 2)
+    law = policy.transition(obs, torch.zeros(4, 3, dtype=torch.int64), STEP.expand(4))
+    every = [torch.tensor(one) for one in itertools.product(range(3), range(1), range(2))]
+    total = sum(law.log_prob(one.expand(4, 3)).exp() for one in every)
+    torch.testing.assert_close(total, torch.ones(4))
+    logits = policy.network(policy.normalize_obs(obs).flatten(1)).split([3, 1, 2], dim=1)
+    one = torch.tensor([2, 0, 1])
+    expected = sum(part.log_softmax(1)[:, action] for part, action in zip(logits, one.tolist(), strict=True))
+    torch.testing.assert_close(law.log_prob(one.expand(4, 3)), expected)
+    entropies = [torch.distributions.Categorical(logits=part).entropy() for part in logits]
+    torch.testing.assert_close(law.entropy(), sum(entropies))
+
+
+def test_no_action_is_drawn_that_a_dimension_does_not_have() -> None:
+    action = several().sample(torch.randn(5000, 1, 2), generator=torch.Generator().manual_seed(0)).action
+    assert action.amin(0).tolist() == [0, 0, 0]
+    assert action.amax(0).tolist() == [2, 0, 1]
+
+
+def masked_obs(rows: int, mask: list[int]) -> Tensor:
+    return torch.cat([torch.randn(rows, 1, 2), torch.tensor(mask).float().expand(rows, 1, -1)], dim=2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_action_that_is_not_valid_is_never_taken(deterministic: bool) -> None:
+    policy = several(obs_dim=5, action_dim=3, choices=None, masked=True)
+    obs = masked_obs(2000, [1, 0, 1])
+    sample = policy.sample(obs, deterministic=deterministic, generator=torch.Generator().manual_seed(0))
+    assert set(sample.action.unique().tolist()) == {0, 2}
+    assert sample.log_prob.isfinite().all()
+
+
+def test_a_mask_renormalises_what_is_left_and_leaves_no_trace_in_gradients() -> None:
+    policy = several(obs_dim=5, action_dim=3, choices=None, masked=True)
+    obs = masked_obs(50, [1, 0, 1])
+    law, free = (policy.transition(o, torch.zeros(50), STEP.expand(50)) for o in (obs, masked_obs(50, [1, 1, 1])))
+    with torch.no_grad():
+        logits = policy.network(policy.normalize_obs(obs)[..., :2].flatten(1))
+    expected = logits[:, [0, 2]].log_softmax(1)
+    torch.testing.assert_close(law.log_prob(torch.full((50,), 2)), expected[:, 1])
+    assert law.entropy().isfinite().all()
+    assert (law.entropy() < 0.7).all() and (free.entropy() > law.entropy()).any()
+    loss = law.entropy().sum() + law.log_prob(torch.zeros(50)).sum() + kl_divergence(law, law).sum()
+    loss.backward()
+    assert policy.network.output.bias.grad is not None
+    assert policy.network.output.bias.grad.isfinite().all()
+    assert policy.network.output.bias.grad[1] == 0
+
+
+def test_the_network_does_not_see_the_mask() -> None:
+    policy = several(obs_dim=5, action_dim=3, choices=None, masked=True)
+    assert policy.network.input.in_features == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"choices": (3, 4)}, "must add up to action_dim, 6"),
+        ({"choices": (7, -1)}, "must be positive"),
+        ({"masked": True}, "holds no mask of 6 actions"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        several(**settings)
+
+
+def test_each_dimension_has_its_part_of_a_mask() -> None:
+    policy = several(obs_dim=8, masked=True)
+    obs = masked_obs(2000, [0, 1, 1, 1, 1, 0])
+    action = policy.sample(obs, generator=torch.Generator().manual_seed(0)).action
+    assert [set(column.tolist()) for column in action.T] == [{1, 2}, {0}, {0}]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies import DiffusionPolicy, Policy, Sample, log_prob_factors
+from policies import CategoricalPolicy, DiffusionPolicy, MixturePolicy, Policy, Sample, log_prob_factors
 from policies.normalization import Affine, RunningStandardizer
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,10 @@ OBS_DIM, ACTION_DIM, BATCH = 3, 2, 16
 PLAIN = {"type": "mlp", "hidden_dims": [8, 8], "activation": "tanh", "residual": False}
 RESIDUAL = {"type": "mlp", "hidden_dims": [8, 8, 8], "activation": "mish", "residual": True}
 GAUSSIAN = {"type": "gaussian", "network": PLAIN}
+SQUASHED = {**GAUSSIAN, "squash": True}
+MIXTURE = {"type": "mixture", "network": PLAIN, "components": 3}
 CATEGORICAL = {"type": "categorical", "network": PLAIN}
+SEVERAL = {**CATEGORICAL, "action_dim": 5, "choices": [3, 2]}
 DIFFUSION = {"type": "diffusion", "network": RESIDUAL, "chunk": 3, "denoising_steps": 5}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -31,7 +34,14 @@ CASES: dict[str, dict[str, Any]] = {
     "gaussian, chunk and history": {**GAUSSIAN, "chunk": 4, "history": 2, "executed": 2},
     "gaussian, std by state, residual": {**GAUSSIAN, "network": RESIDUAL, "std": "state", "chunk": 2},
     "gaussian, running scaling": {**GAUSSIAN, "observation_scaling": "running"},
+    "squashed gaussian": SQUASHED,
+    "squashed gaussian, chunk and history, std by state": {**SQUASHED, "chunk": 4, "history": 2, "std": "state"},
+    "mixture": MIXTURE,
+    "mixture, chunk and history": {**MIXTURE, "chunk": 4, "history": 2, "observation_scaling": "running"},
+    "mixture of one": {**MIXTURE, "components": 1},
     "categorical": CATEGORICAL,
+    "categorical, masked": {**CATEGORICAL, "masked": True, "history": 2},
+    "categorical, several dimensions": SEVERAL,
     "categorical, history": {**CATEGORICAL, "history": 2},
     "categorical, running scaling": {**CATEGORICAL, "observation_scaling": "running", "network": RESIDUAL},
     "diffusion": DIFFUSION,
@@ -83,8 +93,10 @@ def observations(policy: Policy, batch: int = BATCH) -> Tensor:
 
 
 def demonstrated(policy: Policy, batch: int) -> Tensor:
-    if policy.discrete:
-        return torch.randint(ACTION_DIM, (batch,))
+    if isinstance(policy, CategoricalPolicy):
+        if policy.config.choices is None:
+            return torch.randint(ACTION_DIM, (batch,))
+        return torch.stack([torch.randint(count, (batch,)) for count in policy.config.choices], dim=1)
     return ACTION_LOW + (ACTION_HIGH - ACTION_LOW) * torch.rand(batch, policy.config.chunk, ACTION_DIM)
 
 
@@ -148,7 +160,7 @@ def test_the_factors_of_a_log_likelihood_sum_to_it(policy: Policy) -> None:
     sample = policy.sample(obs := observations(policy), generator=seeded(0))
     law = policy.transition(obs, sample.chain[:, 0], torch.zeros(BATCH, dtype=torch.int64))
     factors = log_prob_factors(law, sample.chain[:, 1])
-    assert factors.shape == sample.chain[:, 1].shape
+    assert factors.shape == ((BATCH,) if isinstance(policy, MixturePolicy) else sample.chain[:, 1].shape)
     torch.testing.assert_close(factors.reshape(BATCH, -1).sum(1), law.log_prob(sample.chain[:, 1]))
     torch.testing.assert_close(sample.log_prob_factors.reshape(BATCH, policy.num_steps, -1).sum(2), sample.log_prob)
 
@@ -157,9 +169,9 @@ def test_the_factors_of_a_log_likelihood_sum_to_it(policy: Policy) -> None:
 def test_a_sample_has_the_promised_shapes_and_types(policy: Policy, batch: int) -> None:
     sample = policy.sample(observations(policy, batch), generator=seeded(0))
     config = policy.config
-    if policy.discrete:
-        assert sample.action.shape == (batch,)
-        latent, kind = (), torch.int64
+    if isinstance(policy, CategoricalPolicy):
+        latent, kind = () if policy.config.choices is None else (len(policy.config.choices),), torch.int64
+        assert sample.action.shape == (batch, *latent)
     else:
         assert sample.action.shape == (batch, config.executed_chunk, ACTION_DIM)
         latent, kind = (config.chunk, ACTION_DIM), torch.float32
@@ -240,12 +252,23 @@ def test_deterministic_evaluation_is_reproducible(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("case", [name for name, config in CASES.items() if config["type"] != "diffusion"])
-def test_a_deterministic_action_is_the_most_likely_one_and_needs_no_randomness(case: str) -> None:
+def test_a_deterministic_action_needs_no_randomness(case: str) -> None:
     policy = fitted(case)
     obs = observations(policy)
     best = policy.sample(obs, deterministic=True).log_prob
     torch.manual_seed(1)
     assert torch.equal(policy.sample(obs, deterministic=True).log_prob, best)
+
+
+UNIMODAL = [name for name in CASES if name.startswith(("gaussian", "categorical"))]
+
+
+@pytest.mark.parametrize("case", UNIMODAL)
+def test_a_deterministic_action_is_the_most_likely_one(case: str) -> None:
+    """Of a mixture it is the mean of the likeliest component, and of a squashed Gaussian that of its mean."""
+    policy = fitted(case)
+    obs = observations(policy)
+    best = policy.sample(obs, deterministic=True).log_prob
     for seed in range(20):
         assert (policy.sample(obs, generator=seeded(seed)).log_prob <= best).all()
 
@@ -259,6 +282,8 @@ def test_the_action_is_the_executed_part_of_the_last_latent_in_units_of_the_envi
         assert torch.equal(sample.action, sample.chain[:, -1])
         return
     latent = sample.chain[:, -1, : policy.config.executed_chunk]
+    if getattr(policy.config, "squash", False):
+        latent = latent.tanh()
     final_clip = getattr(policy.config, "final_clip", None)
     if final_clip is not None:
         assert latent.abs().max() > final_clip  # or this test says nothing about the clip
@@ -325,6 +350,8 @@ def test_a_gradient_reaches_every_trained_parameter_and_no_frozen_one(policy: Po
 
 
 def test_the_chain_and_the_imitation_loss_live_in_scaled_units(policy: Policy) -> None:
+    if getattr(policy.config, "masked", False):
+        pytest.skip("a mask has no units")
     obs, action = observations(policy), demonstrated(policy, BATCH)
     chain, loss = policy.sample(obs, generator=seeded(0)).chain, policy.imitation_loss(obs, action, seeded(0))
     scaled_obs = policy.normalize_obs(obs)

@@ -2,8 +2,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 from policies import GaussianPolicy
+from policies.distributions import SquashedNormal
 from policies.gaussian import GaussianConfig
 
 each_std = pytest.mark.parametrize("std", ["free", "state"])
@@ -97,3 +99,59 @@ def test_imitation_finds_the_mean_and_the_spread_of_the_demonstrations() -> None
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="std"):
         gaussian(**settings)
+
+
+# --- squashed
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.5, 0.3), (-3.0, 2.0)])
+def test_a_squashed_density_of_the_action_integrates_to_one(mean: float, std: float) -> None:
+    law = SquashedNormal(torch.tensor(mean).double(), torch.tensor(std).double())
+    z = torch.linspace(-25, 25, 200_001).double()
+    action = z.tanh()
+    widths = action.diff()
+    density = law.log_prob(z).exp()
+    inside = widths > 1e-14
+    total = (widths * (density[1:] + density[:-1]) / 2)[inside].sum()
+    assert float(total) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("mean", [0.0, 2.0, -30.0, 80.0])
+def test_a_squashed_log_likelihood_is_finite_far_out_and_that_of_torch_near_by(mean: float) -> None:
+    ours = SquashedNormal(torch.tensor(mean), torch.tensor(0.5))
+    value = torch.tensor(mean + 0.3, requires_grad=True)
+    score = ours.log_prob(value)
+    (slope,) = torch.autograd.grad(score, value)
+    assert score.isfinite() and slope.isfinite()
+    if abs(mean) < 3:
+        theirs = TransformedDistribution(Normal(torch.tensor(mean), torch.tensor(0.5)), TanhTransform())
+        assert float(score) == pytest.approx(float(theirs.log_prob(value.tanh())), abs=1e-3)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.1), (0.0, 1.0), (2.0, 0.5), (-1.0, 3.0)])
+def test_the_entropy_of_a_squashed_gaussian_is_that_of_numerical_integration(mean: float, std: float) -> None:
+    loc = torch.tensor(mean, dtype=torch.float64, requires_grad=True)
+    law = SquashedNormal(loc, torch.tensor(std, dtype=torch.float64))
+    z = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    density = Normal(law.loc, law.scale).log_prob(z).exp()
+    expected = -torch.trapezoid(density * law.log_prob(z), z)
+    assert float(law.entropy()) == pytest.approx(float(expected), abs=2e-2 if std > 2 else 1e-4)
+    slopes = [torch.autograd.grad(value, loc)[0] for value in (law.entropy(), expected)]
+    assert float(slopes[0]) == pytest.approx(float(slopes[1]), abs=2e-2)
+
+
+def test_squashing_changes_no_divergence() -> None:
+    plain = [Normal(torch.tensor(0.3), torch.tensor(0.5)), Normal(torch.tensor(-0.2), torch.tensor(0.9))]
+    squashed = [SquashedNormal(law.loc, law.scale) for law in plain]
+    assert kl_divergence(*squashed) == kl_divergence(*plain)
+
+
+def test_a_squashed_action_keeps_to_its_bounds_and_imitates_those_at_them() -> None:
+    policy = gaussian(squash=True, initial_std=5.0)
+    policy.fit_actions(torch.tensor([0.0, -1.0]), torch.tensor([10.0, 1.0]))
+    obs = torch.randn(1000, 1, 3)
+    action = policy.sample(obs, generator=torch.Generator().manual_seed(0)).action
+    assert (action.amin((0, 1)) >= torch.tensor([0.0, -1.0])).all()
+    assert (action.amax((0, 1)) <= torch.tensor([10.0, 1.0])).all()
+    at_the_bounds = torch.tensor([10.0, -1.0]).expand(1000, 1, 2)
+    assert policy.imitation_loss(obs, at_the_bounds).isfinite()

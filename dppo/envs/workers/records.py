@@ -8,7 +8,7 @@ import os
 import tempfile
 
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 
 from dppo.envs.chunk import ChunkEnv
 
@@ -16,11 +16,11 @@ from dppo.envs.chunk import ChunkEnv
 def record_type(env: ChunkEnv) -> np.dtype:
     """What there is to say about one environment and one step; the action goes in, everything else comes out."""
     action, obs = env.action_space, env.observation_space
-    assert isinstance(action, Box | Discrete) and isinstance(obs, Box)
+    assert isinstance(obs, Box)
     chunk = action.shape[0] if isinstance(action, Box) else 1
     return np.dtype(
         [
-            ("action", action.dtype, action.shape),  # [Ta, Da] (Discrete: a number)
+            ("action", action.dtype, action.shape),  # [Ta, Da] (discrete: a number, or one of each dimension)
             ("obs", obs.dtype, obs.shape),  # [To, Do], the first of the next episode where one ended
             ("final_obs", obs.dtype, obs.shape),  # [To, Do], what the step led to
             ("step_rewards", np.float64, (chunk,)),  # [Ta]

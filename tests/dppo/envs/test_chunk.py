@@ -155,7 +155,14 @@ def test_observations_that_are_not_vectors_are_refused(counting_env, space, says
 
 
 @pytest.mark.parametrize(
-    "space", [MultiDiscrete([2, 2]), Discrete(3, start=1), Box(-1, 1, (2, 2)), Box(0, 9, (2,), np.int64)]
+    "space",
+    [
+        MultiDiscrete([2, 2], start=[0, 1]),
+        MultiDiscrete([[2], [2]]),
+        Discrete(3, start=1),
+        Box(-1, 1, (2, 2)),
+        Box(0, 9, (2,), np.int64),
+    ],
 )
 def test_actions_that_are_neither_float_vectors_nor_counted_from_zero_are_refused(counting_env, space):
     inner = counting_env()

@@ -50,7 +50,7 @@ def both(**settings) -> tuple[Regression, CompiledStep[Data], Regression, Gradie
 
 
 def state(task: Regression) -> list[Tensor]:
-    return [tensor.clone() for tensor in (task.optimizer.flat, *task.optimizer.moments)]
+    return [tensor.clone() for tensor in (task.optimizer.parameters.values, *task.optimizer.moments)]
 
 
 def centred(data: Data) -> Data:
@@ -64,7 +64,7 @@ def centred(data: Data) -> Data:
 )
 def test_steps_are_those_that_are_not_compiled(settings):
     ours, compiled, theirs, step = both(**settings)
-    start = ours.optimizer.flat.clone()
+    start = ours.optimizer.parameters.values.clone()
     for turn, rows in enumerate([7, 6, 7, 20, 2]):
         ours.optimizer.learning_rate = theirs.optimizer.learning_rate = 0.02 / (1 + turn)
         minibatch = data(rows, seed=turn, scale=10.0 ** (turn % 3))
@@ -74,7 +74,7 @@ def test_steps_are_those_that_are_not_compiled(settings):
         assert not any(column.requires_grad for column in found)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(state(ours), state(theirs), rtol=1e-4, atol=1e-5)
-    assert (ours.optimizer.flat - start).abs().min() > 1e-4
+    assert (ours.optimizer.parameters.values - start).abs().min() > 1e-4
     assert ours.optimizer.moments[2] == 5
 
 
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_no_step():
         compiled(data(8, scale=torch.inf))
     assert all(torch.equal(new, old) for new, old in zip(state(ours), before, strict=True))
     compiled(data(8))
-    assert not torch.equal(ours.optimizer.flat, before[0])
+    assert not torch.equal(ours.optimizer.parameters.values, before[0])
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_and_no_step():
@@ -137,7 +137,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_no_step():
 def test_parameters_that_were_moved_are_an_error_and_not_left_behind():
     ours, compiled, _, _ = both()
     ours.network.double().float()
-    with pytest.raises(RuntimeError, match="no views of the optimiser's any more"):
+    with pytest.raises(RuntimeError, match="no views of the flat tensor any more"):
         compiled(data(8))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dppo.threads import single_thread
-from dppo.updates.gradient import GradientStep
+from dppo.updates.gradient import GradientStep, MeanGradient
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
 from policies import UserError
@@ -48,7 +48,7 @@ class Regression:
 
     def expected(self) -> Tensor:
         with single_thread():
-            return self.optimizer.gradient(self.rows(self.data)[0].mean())
+            return self.optimizer.parameters.gradient(self.rows(self.data)[0].mean())
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -56,9 +56,9 @@ class Regression:
 def test_the_gradient_of_parts_is_that_of_the_whole(at_once, threads, rows_per_part):
     rows_per_part(at_once)
     task = Regression()
-    gradient, _ = GradientStep(task.objective, task.optimizer, threads=threads).gradient(task.data)
+    gradient, _ = MeanGradient(task.objective, task.optimizer.parameters, threads=threads)(task.data)
     assert len(task.seen) == -(-ROWS // at_once)
-    assert gradient.shape == task.optimizer.flat.shape
+    assert gradient.shape == task.optimizer.parameters.values.shape
     torch.testing.assert_close(gradient, task.expected(), rtol=1e-5, atol=1e-7)
 
 
@@ -79,11 +79,11 @@ def test_the_gradient_does_not_depend_on_the_number_of_threads_to_the_last_bit(r
     found = []
     for threads in (1, 3):
         task = Regression()
-        step = GradientStep(task.objective, task.optimizer, threads=threads)
+        mean_gradient = MeanGradient(task.objective, task.optimizer.parameters, threads=threads)
         gradients = []
         for at_once in (4, 10):
             rows_per_part(at_once)
-            gradients.append(step.gradient(task.data)[0].clone())
+            gradients.append(mean_gradient(task.data)[0].clone())
         found.append(gradients)
         assert all(name.startswith("dppo") for name, *_ in task.seen) == (threads == 3)
     for one, three in zip(*found, strict=True):
@@ -93,13 +93,14 @@ def test_the_gradient_does_not_depend_on_the_number_of_threads_to_the_last_bit(r
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_step_owes_nothing_to_the_gradients_before_it(threads, rows_per_part):
     task = Regression()
+    mean_gradient = MeanGradient(task.objective, task.optimizer.parameters, threads=threads)
     step = GradientStep(task.objective, task.optimizer, threads=threads)
     for at_once in PARTS:  # more parts, and fewer
         rows_per_part(at_once)
-        torch.testing.assert_close(step.gradient(task.data)[0], task.expected(), rtol=1e-5, atol=1e-7)
-        before = task.optimizer.flat.clone()
+        torch.testing.assert_close(mean_gradient(task.data)[0], task.expected(), rtol=1e-5, atol=1e-7)
+        before = task.optimizer.parameters.values.clone()
         step(task.data)
-        assert not torch.equal(task.optimizer.flat, before)
+        assert not torch.equal(task.optimizer.parameters.values, before)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -122,13 +123,14 @@ def test_an_error_in_a_part_comes_through_and_the_threads_are_given_back(threads
             raise ZeroDivisionError("the last part")
         return task.rows(data)
 
-    step = GradientStep(Objective(task.network, fails_on_the_last), task.optimizer, threads=threads)
+    objective = Objective[Data](task.network, fails_on_the_last)
+    mean_gradient = MeanGradient(objective, task.optimizer.parameters, threads=threads)
     rows_per_part(10)  # 8, 8, 7
     with pytest.raises(ZeroDivisionError, match="the last part"):
-        step(task.data)
+        mean_gradient(task.data)
     assert torch.get_num_threads() == 3
     rows_per_part(ROWS)
-    torch.testing.assert_close(step.gradient(task.data)[0], task.expected(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(mean_gradient(task.data)[0], task.expected(), rtol=1e-5, atol=1e-7)
 
 
 def test_a_minibatch_is_prepared_as_a_whole(rows_per_part):
@@ -148,7 +150,7 @@ def test_a_minibatch_is_prepared_as_a_whole(rows_per_part):
 def test_a_step_that_is_not_allowed_is_not_taken(allowed, rows_per_part):
     rows_per_part(7)
     task = Regression()
-    before = task.optimizer.flat.clone()
+    before = task.optimizer.parameters.values.clone()
     looked_at = []
 
     def allow(rows: Rows) -> Tensor:
@@ -159,7 +161,7 @@ def test_a_step_that_is_not_allowed_is_not_taken(allowed, rows_per_part):
     rows, taken = GradientStep(objective, task.optimizer, threads=1)(task.data)
     assert taken == allowed
     assert looked_at == [ROWS] == [len(rows[1])]
-    assert torch.equal(task.optimizer.flat, before) != allowed
+    assert torch.equal(task.optimizer.parameters.values, before) != allowed
 
 
 def test_a_loss_that_is_not_finite_is_found_where_it_is_looked_for():

@@ -34,13 +34,13 @@ def loss_of(module: nn.Module, seed: int, scale: float = 1.0) -> Tensor:
 
 def assert_views(optimizer: FlatAdamW, module: nn.Module) -> None:
     """The module's trained parameters lie end to end in the optimiser's tensor, and a change of it is theirs."""
-    before = optimizer.flat.clone()
-    optimizer.flat.data.add_(0.25)
+    before = optimizer.parameters.values.clone()
+    optimizer.parameters.values.data.add_(0.25)
     trained = [parameter.detach().flatten() for parameter in module.parameters() if parameter.requires_grad]
-    assert torch.equal(torch.cat(trained), optimizer.flat)
+    assert torch.equal(torch.cat(trained), optimizer.parameters.values)
     storages = {parameter.untyped_storage().data_ptr() for parameter in trained}
-    assert storages == {optimizer.flat.untyped_storage().data_ptr()}
-    optimizer.flat.data.copy_(before)
+    assert storages == {optimizer.parameters.values.untyped_storage().data_ptr()}
+    optimizer.parameters.values.data.copy_(before)
 
 
 # --- the step
@@ -58,7 +58,7 @@ def test_steps_are_those_of_adamw_on_the_separate_parameters_with_clipped_gradie
         optimizer.learning_rate = reference.param_groups[0]["lr"] = rate
         scale = 10.0 ** (step % 3)  # gradients of different lengths, or clipping them would not show
         loss = loss_of(ours, step, scale)
-        optimizer.step(optimizer.gradient(loss), loss.detach() if step % 2 else None)
+        optimizer.step(optimizer.parameters.gradient(loss), loss.detach() if step % 2 else None)
         reference.zero_grad()
         loss_of(theirs, step, scale).backward()
         if max_grad_norm is not None:
@@ -76,7 +76,7 @@ def test_a_gradient_is_shortened_to_the_largest_norm_allowed(max_grad_norm, leng
     weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 1))]
     optimizer = flat(weights, max_grad_norm=max_grad_norm)
     loss = 6 * weights[0].sum() + 8 * weights[1].sum()
-    optimizer.step(optimizer.gradient(loss), loss.detach() if checked else None)
+    optimizer.step(optimizer.parameters.gradient(loss), loss.detach() if checked else None)
     (moments,) = optimizer.state_dict()["state"].values()
     learned = moments["exp_avg"] / 0.1
     assert learned.tolist() == pytest.approx([0.6 * length, 0.8 * length], rel=1e-4)
@@ -87,14 +87,14 @@ def test_the_learning_rate_is_that_of_the_next_step():
     optimizer = flat([weight], learning_rate=1.0)
     optimizer.learning_rate = 0.3
     assert optimizer.learning_rate == 0.3
-    optimizer.step(optimizer.gradient(weight.sum()))
+    optimizer.step(optimizer.parameters.gradient(weight.sum()))
     assert weight.item() == pytest.approx(-0.3)
 
 
 def test_the_gradient_is_zero_for_parameters_that_the_loss_does_not_depend_on():
     used, unused = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([[3.0]]))
     optimizer = flat([unused, used])
-    gradient = optimizer.gradient(used.square().sum())
+    gradient = optimizer.parameters.gradient(used.square().sum())
     assert gradient.tolist() == [0.0, 2.0, 4.0]
     optimizer.step(gradient)
     assert unused.item() == 3.0
@@ -107,10 +107,10 @@ def test_parameters_that_require_no_gradient_stay_where_and_what_they_are():
     frozen = module[2].weight
     before, memory = frozen.clone(), frozen.data_ptr()
     optimizer = flat(module.parameters(), weight_decay=0.5)
-    optimizer.step(optimizer.gradient(loss_of(module, 0)))
+    optimizer.step(optimizer.parameters.gradient(loss_of(module, 0)))
     assert torch.equal(frozen, before)
     assert frozen.data_ptr() == memory
-    assert len(optimizer.flat) == sum(p.numel() for p in module.parameters()) - frozen.numel()
+    assert len(optimizer.parameters.values) == sum(p.numel() for p in module.parameters()) - frozen.numel()
 
 
 # --- errors
@@ -123,7 +123,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(max_grad_norm):
     loss = weight.abs().sqrt().sum()  # 0, but its slope is not finite
     message = "^the policy network's gradient of the loss became (nan|inf); lower the learning rate"
     with pytest.raises(UserError, match=message):
-        optimizer.step(optimizer.gradient(loss), loss.detach())
+        optimizer.step(optimizer.parameters.gradient(loss), loss.detach())
     assert weight.tolist() == [0.0, 0.0]
     assert optimizer.state_dict()["state"] == {}
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_network_and_no_ste
     optimizer = flat(module.parameters(), what="critic", weight_decay=0.5)
     before = content(module)
     with pytest.raises(UserError, match=f"^the critic network's loss became {value}; lower the learning rate"):
-        optimizer.step(torch.ones_like(optimizer.flat), torch.tensor(value))
+        optimizer.step(torch.ones_like(optimizer.parameters.values), torch.tensor(value))
     assert all(torch.equal(value, before[name]) for name, value in content(module).items())
 
 
@@ -157,7 +157,7 @@ def test_weights_that_are_loaded_are_those_that_learn_on():
     assert_views(optimizer, module)
     assert loss_of(module, 0) == loss_of(network(seed=1), 0)
     before = content(module)
-    optimizer.step(optimizer.gradient(loss_of(module, 0)))
+    optimizer.step(optimizer.parameters.gradient(loss_of(module, 0)))
     assert all(not torch.equal(value, before[name]) for name, value in content(module).items())
 
 
@@ -166,7 +166,7 @@ def test_a_copy_of_the_module_learns_nothing_and_the_module_goes_on():
     optimizer = flat(module.parameters())
     twin = copy.deepcopy(module)
     before = content(twin)
-    optimizer.step(optimizer.gradient(loss_of(module, 0)))
+    optimizer.step(optimizer.parameters.gradient(loss_of(module, 0)))
     assert_views(optimizer, module)
     assert all(torch.equal(value, before[name]) for name, value in content(twin).items())
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_a_copy_can_be_taken_over_by_an_optimiser_of_its_own():
     twin = copy.deepcopy(module)
     optimizer = flat(twin.parameters())
     before = content(module)
-    optimizer.step(optimizer.gradient(loss_of(twin, 0)))
+    optimizer.step(optimizer.parameters.gradient(loss_of(twin, 0)))
     assert_views(optimizer, twin)
     assert all(torch.equal(value, before[name]) for name, value in content(module).items())
 
@@ -193,7 +193,7 @@ def test_a_policy_is_saved_and_loaded_after_a_step_as_it_is_then(small_policy, t
     policy = small_policy(kind)
     optimizer = flat(policy.parameters())
     before = content(policy)
-    optimizer.step(torch.ones_like(optimizer.flat))
+    optimizer.step(torch.ones_like(optimizer.parameters.values))
     policy.save_pretrained(tmp_path)
     assert_views(optimizer, policy)
     saved, loaded = content(policy), content(Policy.from_pretrained(tmp_path))
@@ -212,6 +212,6 @@ def test_an_adjusted_policy_learns_nothing_of_the_one_it_was_made_of(small_polic
     optimizer = flat(policy.parameters())
     adjusted = policy.adjusted(executed=1)
     before = content(adjusted)
-    optimizer.step(torch.ones_like(optimizer.flat))
+    optimizer.step(torch.ones_like(optimizer.parameters.values))
     assert all(torch.equal(value, before[name]) for name, value in content(adjusted).items())
     assert_views(optimizer, policy)

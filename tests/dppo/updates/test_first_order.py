@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from dppo.rollout import collect_rollout
 from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch, Pairs, Targets
+from dppo.updates.first_order import FirstOrder, FirstOrderConfig, PPOConfig, PPOKLConfig
 from dppo.updates.objective import Rows
-from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig
-from policies import Policy, UserError
+from dppo.updates.rules import make_update_rule
+from dppo.updates.step import make_step
+from policies import Policy, UserError, log_prob_factors
 
 CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
 KINDS = ("gaussian", "categorical", "diffusion")
@@ -46,8 +48,8 @@ def updated() -> Callable[..., Updated]:
     def update(trainer: Trainer, batches: list[Batch], config: PPOConfig) -> Updated:
         policy, critic = copy.deepcopy(trainer.policy), copy.deepcopy(trainer.critic)
         assert isinstance(critic, Critic)
-        ppo = PPO(config, policy, critic, torch.Generator().manual_seed(3))
-        metrics = [ppo.update(batch, progress=0.0, iteration=i) for i, batch in enumerate(batches)]
+        rule = make_update_rule(config, policy, critic, torch.Generator().manual_seed(3))
+        metrics = [rule.update(batch, progress=0.0, iteration=i) for i, batch in enumerate(batches)]
         return with_critic(policy, critic), metrics
 
     return update
@@ -84,39 +86,48 @@ def pairs_at(batch: Batch, rows: Tensor, step: int = 0) -> Pairs:
     return batch.pairs(rows * batch.num_steps + step)
 
 
+class Result(NamedTuple):
+    """What PPO says of the rows of a minibatch."""
+
+    losses: Tensor
+    log_ratios: Tensor
+    clipped: Tensor
+
+
 class Spy:
     """Keeps what an update rule's losses were asked for of a `numbered` batch, and what they answered.
 
     Only advantages that are not normalised tell the rows.
     """
 
-    def __init__(self, ppo: PPO) -> None:
+    def __init__(self, rule: FirstOrder) -> None:
         self.pairs: list[list[tuple[int, int]]] = []
         self.rows: list[list[int]] = []
-        self.results: list[PolicyLoss] = []
+        self.results: list[Result] = []
 
-        def spied_policy_rows(pairs: Pairs) -> Rows:
+        def spied_rows(pairs: Pairs) -> Rows:
             self.pairs.append(list(zip(pairs.advantages.tolist(), pairs.step.tolist(), strict=True)))
-            rows = ppo.policy_rows(pairs)
-            self.results.append(PolicyLoss(*(column.detach() for column in rows)))
+            rows = rule.rows(pairs)
+            self.results.append(Result(*(column.detach() for column in rows)))
             return rows
 
         def spied_value_rows(targets: Targets) -> Rows:
             self.rows.append(targets.returns.tolist())
-            return ppo.value_rows(targets)
+            return fit.rows(targets)
 
-        actor = dataclasses.replace(ppo.actor_objective, rows=spied_policy_rows)
-        critic = dataclasses.replace(ppo.critic_objective, rows=spied_value_rows)
-        ppo._actor_step = ppo._stepper(actor, ppo.actor_optimizer)
-        ppo._critic_step = ppo._stepper(critic, ppo.critic_optimizer)
+        fit = rule.critic_fit
+        spied = dataclasses.replace(rule.objective, rows=spied_rows)
+        rule._step = make_step(spied, rule.optimizer, compile=False)
+        spied_critic = dataclasses.replace(fit.objective, rows=spied_value_rows)
+        fit._step = make_step(spied_critic, fit.optimizer, compile=False)
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def clip_fraction(result: PolicyLoss) -> float:
-    return result.metrics()[2].item()
+def clip_fraction(result: Result) -> float:
+    return result.clipped.mean().item()
 
 
 def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
@@ -147,7 +158,7 @@ def test_the_gradient_at_the_old_policy_is_the_policy_gradient(make_trainer, kin
     config = {"normalize_advantages": False, "log_ratio": reduction, "inner_gamma": 0.9, "clip": 0.1}
     trainer = make_trainer(kind, **config)
     batch, policy = rollout_batch(trainer), trainer.policy
-    loss = trainer.update_rule.policy_rows(all_pairs(batch))[0].mean()
+    loss = trainer.update_rule.rows(all_pairs(batch))[0].mean()
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     surrogate = torch.autograd.grad(loss, parameters)
 
@@ -169,24 +180,24 @@ def test_the_inner_discount_weights_the_steps_of_the_chain(make_trainer):
     trainer = make_trainer("diffusion", normalize_advantages=False, inner_gamma=0.5)
     batch = rollout_batch(trainer)
     row = torch.tensor([5])
-    losses = [trainer.update_rule.policy_rows(pairs_at(batch, row, step))[0].item() for step in range(3)]
+    losses = [trainer.update_rule.rows(pairs_at(batch, row, step))[0].item() for step in range(3)]
     advantage = float(batch.advantages[5])
     assert losses == pytest.approx([-0.25 * advantage, -0.5 * advantage, -advantage], rel=1e-3)
 
 
 def test_each_inner_step_is_clipped_at_its_own_range(make_trainer):
     trainer = make_trainer("diffusion", clip=0.2, clip_base=0.01)
-    assert trainer.update_rule.clip_ranges.tolist() == pytest.approx([0.01, 0.0446, 0.2], abs=1e-3)
+    assert trainer.update_rule.surrogate.ranges.tolist() == pytest.approx([0.01, 0.0446, 0.2], abs=1e-3)
     batch = rollout_batch(trainer)
     moved = Batch(**{**vars(batch), "log_prob_factors": batch.log_prob_factors.clone()})
     moved.log_prob_factors[:, :, 0, 0] -= math.log(1.1)  # every ratio is 1.1
     rows = torch.arange(len(batch))
-    results = [PolicyLoss(*trainer.update_rule.policy_rows(pairs_at(moved, rows, k))) for k in range(3)]
+    results = [Result(*trainer.update_rule.rows(pairs_at(moved, rows, k))) for k in range(3)]
     assert [clip_fraction(result) for result in results] == [1.0, 1.0, 0.0]
 
 
 def test_a_chain_without_a_base_range_has_the_same_range_at_every_step(make_trainer):
-    assert make_trainer("diffusion", clip=0.03).update_rule.clip_ranges.tolist() == pytest.approx([0.03] * 3)
+    assert make_trainer("diffusion", clip=0.03).update_rule.surrogate.ranges.tolist() == pytest.approx([0.03] * 3)
 
 
 def test_advantages_are_normalised_in_each_minibatch(make_trainer, monkeypatch):
@@ -273,7 +284,8 @@ def test_metrics_are_over_all_pairs_seen_also_where_the_target_kl_cut_an_epoch_s
     metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
     assert len(spy.results) > 10, "more than an epoch"
     assert len(spy.results) % 10 != 0, "and part of another"
-    whole = PolicyLoss.joined([tuple(vars(result).values()) for result in spy.results]).metrics().tolist()
+    losses, log_ratios, clipped = (torch.cat(column) for column in zip(*spy.results, strict=True))
+    whole = [losses.mean().item(), approximate_kl(log_ratios).item(), clipped.mean().item()]
     assert [metrics[name] for name in ("policy_loss", "approx_kl", "clip_fraction")] == pytest.approx(whole, rel=1e-4)
     assert all(value != 0 for value in whole)
 
@@ -313,10 +325,10 @@ def test_the_critic_leaves_no_gradient_in_the_policy_nor_the_policy_one_in_the_c
     trainer = make_trainer("gaussian")
     batch = rollout_batch(trainer)
     rows = torch.arange(8)
-    trainer.update_rule.value_rows(batch.targets(rows))[0].mean().backward()
+    trainer.update_rule.critic_fit.rows(batch.targets(rows))[0].mean().backward()
     assert all(parameter.grad is None for parameter in trainer.policy.parameters())
     trainer.critic.zero_grad(set_to_none=True)
-    trainer.update_rule.policy_rows(pairs_at(batch, rows))[0].mean().backward()
+    trainer.update_rule.rows(pairs_at(batch, rows))[0].mean().backward()
     assert all(parameter.grad is None for parameter in trainer.critic.parameters())
 
 
@@ -329,7 +341,7 @@ def test_both_learning_rates_follow_the_schedule(make_trainer, schedule, factor)
     trainer = make_trainer("gaussian", schedule=schedule, final_learning_rate_share=0.1, **rates)
     progress = 0.5 if schedule == "cosine" else 0.375 / 0.9
     metrics = trainer.update_rule.update(rollout_batch(trainer), progress=progress, iteration=0)
-    optimizers = trainer.update_rule.actor_optimizer, trainer.update_rule.critic_optimizer
+    optimizers = trainer.update_rule.optimizer, trainer.update_rule.critic_fit.optimizer
     used = [optimizer.state_dict()["param_groups"][0]["lr"] for optimizer in optimizers]
     assert used == pytest.approx([0.01 * factor, 0.02 * factor])
     assert [metrics["actor_learning_rate"], metrics["critic_learning_rate"]] == pytest.approx(used)
@@ -440,4 +452,120 @@ def test_the_same_generator_gives_the_same_update(make_trainer, updated):
 @pytest.mark.parametrize("settings", [{"epochs": 0}, {"batch_size": 0}])
 def test_settings_that_would_learn_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="at least 1"):
+        PPOConfig(**settings)
+
+
+# --- options of the policy's steps
+
+
+def test_a_target_kl_of_the_epoch_is_looked_at_after_it(make_trainer):
+    trainer = make_trainer(
+        "gaussian", epochs=20, batch_size=8, target_kl=0.02, target_kl_of="epoch", learning_rate=0.01
+    )
+    spy = Spy(trainer.update_rule)
+    metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+    steps = len(spy.results)
+    assert steps % 4 == 0, "whole epochs"
+    assert 0 < steps < 80
+    assert metrics["actor_steps"] == steps, "what was seen was learned from"
+    kls = [
+        approximate_kl(torch.cat([result.log_ratios for result in spy.results[first : first + 4]])).item()
+        for first in range(0, steps, 4)
+    ]
+    assert kls[-1] > 0.02
+    assert all(kl <= 0.02 for kl in kls[:-1])
+
+
+@pytest.mark.parametrize(("rate", "speeds"), [(0.05, [1.0, 1 / 1.5]), (1e-6, [1.0, 1.5])])
+def test_the_learning_rate_adapts_to_the_desired_kl(make_trainer, rate, speeds):
+    trainer = make_trainer("gaussian", epochs=3, batch_size=8, learning_rate=rate, desired_kl=0.005)
+    for iteration, speed in enumerate(speeds):
+        metrics = trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=iteration)
+        assert metrics["actor_learning_rate"] == pytest.approx(rate * speed)
+        assert metrics["critic_learning_rate"] == 1e-3
+    assert trainer.update_rule.state_dict()["speed"] != 1.0
+
+
+def test_the_learning_rate_keeps_within_a_tenfold_of_itself():
+    config = PPOConfig(desired_kl=0.01)
+    slow, fast = 1.0, 1.0
+    for _ in range(50):
+        slow, fast = config.next_speed(slow, 1.0), config.next_speed(fast, 0.0)
+    assert (slow, fast) == (0.1, 10.0)
+    assert config.next_speed(3.0, 0.012) == 3.0
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_an_entropy_bonus_makes_the_policy_more_random(make_trainer, kind):
+    entropies = []
+    for coefficient in (0.0, 1.0):
+        trainer = make_trainer(kind, epochs=20, learning_rate=3e-3, entropy_coefficient=coefficient)
+        batch = rollout_batch(trainer)
+        trainer.update_rule.update(batch, progress=0.0, iteration=0)
+        law = trainer.policy.transition(batch.obs, batch.chain[:, 0], torch.zeros(len(batch), dtype=torch.int64))
+        entropies.append(float(law.entropy().mean()))
+    assert entropies[1] > entropies[0]
+
+
+def test_the_entropy_that_is_reported_is_that_of_what_was_sampled(make_trainer):
+    trainer = make_trainer("gaussian")
+    batch = rollout_batch(trainer)
+    metrics = trainer.update_rule.update(batch, progress=0.0, iteration=0)
+    assert metrics["entropy"] == pytest.approx(-float(batch.log_prob_factors.sum(-1).sum(-1).sum(-1).mean()))
+
+
+def test_the_critic_may_have_epochs_and_minibatches_of_its_own(make_trainer):
+    trainer = make_trainer("gaussian", epochs=2, batch_size=8, critic_epochs=3, critic_batch_size=10)
+    spy = Spy(trainer.update_rule)
+    trainer.update_rule.update(rollout_batch(trainer), progress=0.0, iteration=0)
+    assert len(spy.pairs) == 2 * 4
+    assert [len(rows) for rows in spy.rows] == [8, 8, 8, 8] * 3, "at most ten, and nearly equal"
+
+
+def test_without_a_batch_size_a_step_is_of_the_whole_rollout(make_trainer):
+    trainer = make_trainer("diffusion", epochs=2, batch_size=None)
+    spy = Spy(trainer.update_rule)
+    batch = rollout_batch(trainer)
+    trainer.update_rule.update(batch, progress=0.0, iteration=0)
+    assert [len(pairs) for pairs in spy.pairs] == [len(batch) * 3] * 2
+    assert [len(rows) for rows in spy.rows] == [len(batch)] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_vpg_is_one_step_of_adam_on_the_policy_gradient(small_policy, task_of, kind):
+    config = FirstOrderConfig(learning_rate=0.01, normalize_advantages=False, max_grad_norm=None, inner_gamma=0.9)
+    policy = small_policy(kind)
+    trainer = Trainer(policy, task_of(kind), TrainerConfig(1000, 4, 8), config, CRITIC)
+    batch, before = rollout_batch(trainer), copy.deepcopy(policy)
+    trainer.update_rule.update(batch, progress=0.0, iteration=0)
+    pairs = all_pairs(batch)
+    factors = log_prob_factors(before.transition(pairs.obs, pairs.latent, pairs.step), pairs.following)
+    log_prob = factors if factors.dim() == 1 else factors[:, : policy.config.executed].flatten(1).sum(1)
+    weights_of_pairs = pairs.advantages * inner_discount(policy.num_steps, 0.9)[pairs.step]
+    optimizer = torch.optim.Adam([p for p in before.parameters() if p.requires_grad], 0.01)
+    (-(weights_of_pairs * log_prob).mean()).backward()
+    optimizer.step()
+    moved = weights(before)
+    for name, value in weights(policy).items():
+        torch.testing.assert_close(value, moved[name], rtol=1e-3, atol=2e-4)
+
+
+def test_the_penalty_of_ppo_kl_grows_when_the_policy_runs_away(small_policy, point_task):
+    config = PPOKLConfig(epochs=10, batch_size=8, learning_rate=0.02, desired_kl=1e-3)
+    trainer = Trainer(small_policy("gaussian"), point_task, TrainerConfig(1000, 4, 8), config, CRITIC)
+    penalties = [trainer.iterate()["kl_penalty"] for _ in range(4)]
+    assert penalties == [1.0, 2.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dual_clip": 1.0}, "dual_clip must be above 1"),
+        ({"desired_kl": 0.0}, "desired_kl must be positive"),
+        ({"critic_epochs": 0}, "critic_epochs must be at least 1"),
+        ({"entropy_coefficient": -0.1}, "entropy_coefficient must not be negative"),
+    ],
+)
+def test_impossible_options_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         PPOConfig(**settings)

@@ -5,13 +5,13 @@ import torch
 from original import CASES, Figures, new_name
 
 from dppo.critic import Critic
-from dppo.surrogates import value_losses
+from dppo.surrogates import approximate_kl, value_losses
 from dppo.updates.batch import Batch, Pairs, Targets
-from dppo.updates.gradient import GradientStep
-from dppo.updates.ppo import PPO, PolicyLoss, PPOConfig
+from dppo.updates.first_order import FirstOrder, PPOConfig
+from dppo.updates.gradient import MeanGradient
 
 
-def recorded_ppo(figures: Figures) -> tuple[PPO, Pairs, Targets]:
+def recorded_ppo(figures: Figures) -> tuple[FirstOrder, Pairs, Targets]:
     """PPO with the recorded settings and weights, and what it learned from."""
     c = figures.config
     policy = figures.policy("actor_moved.")
@@ -38,28 +38,27 @@ def recorded_ppo(figures: Figures) -> tuple[PPO, Pairs, Targets]:
         values=figures["loss_old_values"],
     )
     each = torch.arange(len(batch))  # one row per pair
-    ppo = PPO(config, policy, critic, torch.Generator())
+    ppo = FirstOrder(config, policy, critic, torch.Generator())
     pairs = batch.pairs(each * batch.num_steps + steps)
-    return ppo, ppo.actor_objective.prepare(pairs), batch.targets(each)
+    return ppo, ppo.objective.prepare(pairs), batch.targets(each)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_policy_loss_and_its_statistics_are_the_recorded_ones(case: str) -> None:
     figures = Figures(case)
     ppo, pairs, _ = recorded_ppo(figures)
-    result = PolicyLoss(*ppo.policy_rows(pairs))
-    loss, approx_kl, clip_fraction = result.metrics()
-    torch.testing.assert_close(loss, figures["loss.pg_loss"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(approx_kl, figures["loss.approx_kl"], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(clip_fraction, figures["loss.clip_fraction"])
-    torch.testing.assert_close(result.log_ratios.exp().mean(), figures["loss.ratio_mean"], rtol=1e-5, atol=1e-6)
+    losses, log_ratios, clipped = ppo.rows(pairs)
+    torch.testing.assert_close(losses.mean(), figures["loss.pg_loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(approximate_kl(log_ratios), figures["loss.approx_kl"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(clipped.mean(), figures["loss.clip_fraction"])
+    torch.testing.assert_close(log_ratios.exp().mean(), figures["loss.ratio_mean"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_value_loss_is_the_recorded_one(case: str) -> None:
     figures = Figures(case)
     ppo, _, targets = recorded_ppo(figures)
-    torch.testing.assert_close(ppo.value_rows(targets)[0].mean(), figures["loss.v_loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ppo.critic_fit.rows(targets)[0].mean(), figures["loss.v_loss"], rtol=1e-5, atol=1e-6)
     assert not value_losses(targets.returns, targets.returns, targets.values).any()
 
 
@@ -67,7 +66,7 @@ def test_the_value_loss_is_the_recorded_one(case: str) -> None:
 def test_the_gradient_of_the_policy_loss_is_the_recorded_one(case: str) -> None:
     figures = Figures(case)
     ppo, pairs, _ = recorded_ppo(figures)
-    gradient, _ = GradientStep(ppo.actor_objective, ppo.actor_optimizer, threads=1).gradient(pairs)
+    gradient, _ = MeanGradient(ppo.objective, ppo.optimizer.parameters, threads=1)(pairs)
     recorded = figures.renamed("grad.actor.")
     names, parameters = zip(*ppo.policy.network.named_parameters(), strict=True)
     parts = gradient.split([parameter.numel() for parameter in parameters])

@@ -1,0 +1,163 @@
+"""A comparison as a page, a picture and tables."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from io import StringIO
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dppo.comparison.results import Table
+from dppo.comparison.statistics import Estimate, curve_ci95, improvement_ci95, iqm_ci95
+from dppo.output.plots import Curve, comparison_curves
+from dppo.output.report import duration, number
+from dppo.output.run_directory import provenance, write_text
+
+METHOD = """\
+Score: the mean return of a run's last evaluation, without exploration noise, in environments with seeds of their own.
+IQM: the mean of the middle half of the scores. Intervals: 95 %, percentiles of a bootstrap over runs, stratified by
+task (Agarwal et al. 2021). Learning curves: returns while training, with exploration noise."""
+
+
+def write_report(table: Table, *, name: str, command: str, output: Path) -> Path:
+    """Write report.md, learning_curves.png, scores.csv and curves.csv; the path of the first.
+
+    Args:
+        table: at least one result of every task.
+        name: of the comparison.
+        command: that makes this report again.
+        output: the directory.
+    """
+    curves = _curves(table)
+    comparison_curves(curves, output / "learning_curves.png", title=name)
+    _write_csv(output / "scores.csv", _score_rows(table))
+    _write_csv(output / "curves.csv", _curve_rows(curves))
+    text = "\n\n".join(_sections(table, name, command)) + "\n"
+    write_text(output / "report.md", text)
+    return output / "report.md"
+
+
+def _sections(table: Table, name: str, command: str) -> Iterable[str]:
+    yield f"# {name}"
+    yield f"    {command}"
+    yield _origin(table)
+    yield METHOD
+    yield "## Scores"
+    cells = [pair for pair in product(table.tasks, table.methods) if table.of(*pair)]
+    yield _markdown(
+        ["task", "method", "runs", "IQM", "mean ± std", "lowest", "highest", "before", "steps", "time"],
+        [_score_cells(table, *pair) for pair in cells],
+    )
+    methods = [method for method in table.methods if table.complete(method)]
+    if len(table.tasks) > 1:
+        yield "## Over all tasks"
+        yield "Scores are normalised: 0 is the mean before training, 1 the best run of any method."
+        yield _markdown(
+            ["method", "IQM of normalised scores"],
+            [[method, _interval(iqm_ci95(table.normalized(method)), "{:.2f}".format)] for method in methods],
+        )
+    if len(methods) > 1:
+        yield "## Probability of improvement"
+        yield "That a run of the first scores higher than one of the second on the same task, mean over tasks."
+        yield _markdown(
+            ["first", "second", "probability"],
+            [
+                [ours, theirs, _interval(_improvement(table, ours, theirs), "{:.2f}".format)]
+                for ours, theirs in permutations(methods, 2)
+            ],
+        )
+    yield "## Learning curves"
+    yield "![Learning curves](learning_curves.png)"
+    yield "Interquartile means and their intervals. The numbers are in `scores.csv` and `curves.csv`."
+
+
+def _improvement(table: Table, ours: str, theirs: str) -> Estimate:
+    return improvement_ci95(*([table.scores(task, method) for task in table.tasks] for method in (ours, theirs)))
+
+
+def _origin(table: Table) -> str:
+    facts = provenance()
+    machine, packages = facts["machine"], facts["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
+    seeds = sorted({one.run.seed for one in table.results})
+    where = f"{machine['cpu']}, {machine['cores']} cores; revision {str(facts['git']['revision'])[:7]}; {versions}"
+    return f"{len(table.results)} runs, seeds {', '.join(map(str, seeds))}. Written {facts['started']} on {where}."
+
+
+def _score_cells(table: Table, task: str, method: str) -> list[str]:
+    scores, results = table.scores(task, method), table.of(task, method)
+    spread = f" ± {number(float(scores.std(ddof=1)))}" if len(scores) > 1 else ""
+    seconds = float(np.mean([one.summary["wall_clock_s"] for one in results]))
+    return [
+        task,
+        method,
+        str(len(scores)),
+        _interval(iqm_ci95([scores]), number),
+        f"{number(float(scores.mean()))}{spread}",
+        number(float(scores.min())),
+        number(float(scores.max())),
+        number(float(np.mean([one.start for one in results]))),
+        f"{np.mean([one.summary['env_steps'] for one in results]):,.0f}",
+        duration(seconds),
+    ]
+
+
+def _interval(estimate: Estimate, form: Any) -> str:
+    value, low, high = estimate
+    return form(value) if low is None or high is None else f"{form(value)} [{form(low)}, {form(high)}]"
+
+
+def _curves(table: Table) -> dict[str, list[Curve]]:
+    """By task, one for each method that has runs of it."""
+    curves: dict[str, list[Curve]] = {}
+    for task in table.tasks:
+        edges = table.edges(task)
+        for method in table.methods:
+            results = table.of(task, method)
+            if results:
+                value, low, high = curve_ci95(np.stack([one.curve(edges) for one in results]))
+                curves.setdefault(task, []).append(Curve(method, edges[1:], value, low, high))
+    return curves
+
+
+def _score_rows(table: Table) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": one.run.task,
+            "method": one.run.method,
+            "seed": one.run.seed,
+            "score": one.score,
+            "success_rate": one.success,
+            "before": one.start,
+            "env_steps": one.summary["env_steps"],
+            "wall_clock_s": one.summary["wall_clock_s"],
+        }
+        for one in table.results
+    ]
+
+
+def _curve_rows(curves: dict[str, list[Curve]]) -> list[dict[str, Any]]:
+    return [
+        {"task": task, "method": curve.name, "env_steps": x, "iqm": value, "low": low, "high": high}
+        for task, drawn in curves.items()
+        for curve in drawn
+        for x, value, low, high in zip(curve.x, curve.value, curve.low, curve.high, strict=True)
+    ]
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    numeric = ["---:" if i > 1 else "---" for i in range(len(header))]
+    lines = [header, numeric, *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,74 @@
+"""Running what is not finished yet, several runs at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dppo.comparison.plan import PlannedRun
+
+PATIENCE_S = 60.0
+"""How long an interrupted run may take to save what it learned."""
+POLL_S = 0.2
+
+
+def run_all(
+    runs: Sequence[PlannedRun],
+    *,
+    processes: int,
+    threads: int,
+    extra: Path | None,
+    on_end: Callable[[PlannedRun, int, float], None],
+) -> list[PlannedRun]:
+    """Run them; those that failed.
+
+    Args:
+        runs: none of them finished.
+        processes: how many at a time.
+        threads: of each.
+        extra: a directory with more choices, as of `compose_config`.
+        on_end: hears of each run that ended, its exit status, and the seconds that it took.
+    """
+    waiting, failed = list(runs), []
+    running: dict[PlannedRun, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                run = waiting.pop(0)
+                running[run] = _start(run, threads, extra), time.perf_counter()
+            time.sleep(POLL_S)
+            for run, (process, began) in list(running.items()):
+                status = process.poll()
+                if status is not None:
+                    del running[run]
+                    if status:
+                        failed.append(run)
+                    on_end(run, status, time.perf_counter() - began)
+    finally:
+        _stop([process for process, _ in running.values()])
+    return failed
+
+
+def _start(run: PlannedRun, threads: int, extra: Path | None) -> subprocess.Popen[bytes]:
+    run.note_settings()
+    where = [] if extra is None else ["--config-dir", str(extra)]
+    how = [f"run={run.path}", "overwrite=true", f"threads={threads}"]
+    with run.log_path.open("wb") as log:
+        command = [sys.executable, "-m", "dppo.cli", "finetune", *where, *run.overrides, *how]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask them to end, and end them if they do not."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + PATIENCE_S
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

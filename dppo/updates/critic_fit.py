@@ -1,0 +1,69 @@
+"""Fitting the critic to the returns of a rollout."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dppo.critic import Critic
+from dppo.surrogates import value_losses
+from dppo.updates.batch import Batch, Targets, minibatches
+from dppo.updates.config import UpdateConfig
+from dppo.updates.objective import Objective, Rows
+from dppo.updates.optimizer import FlatAdamW
+from dppo.updates.step import make_step
+from policies import Policy
+
+
+class CriticFit:
+    """Minibatch epochs with Adam; each environment step is met once an epoch, however many inner steps there are."""
+
+    def __init__(self, config: UpdateConfig, policy: Policy, critic: Critic, generator: torch.Generator) -> None:
+        """The policy scales the observations; ``generator`` draws the minibatches."""
+        self.config = config
+        self.policy = policy
+        self.critic = critic
+        self.generator = generator
+        self.optimizer = FlatAdamW(
+            critic.parameters(),
+            learning_rate=config.critic_learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            what="critic",
+        )
+        self.objective = Objective(critic, self.rows)
+        self._step = make_step(self.objective, self.optimizer, compile=config.compile)
+
+    def rows(self, targets: Targets) -> Rows:
+        """The losses of B environment steps."""
+        values = self.critic(self.policy.normalize_obs(targets.obs))
+        return (value_losses(values, targets.returns, targets.values, self.config.value_clip),)
+
+    def fit(self, batch: Batch, *, epochs: int, minibatches_per_epoch: int, learning_rate_factor: float) -> float:
+        """Learn from a rollout; the mean loss on the way.
+
+        Args:
+            batch: the transitions.
+            epochs: passes over them, unless the configuration says how many.
+            minibatches_per_epoch: in how many steps, unless the configuration says how large a minibatch is.
+            learning_rate_factor: on the configuration's learning rate.
+
+        Raises:
+            UserError: a loss that is not finite; the parameters are those before its step.
+        """
+        self.optimizer.learning_rate = learning_rate_factor * self.config.critic_learning_rate
+        size = self.config.critic_batch_size
+        count = minibatches_per_epoch if size is None else math.ceil(len(batch) / size)
+        losses: list[Tensor] = []
+        for _ in range(self.config.critic_epochs or epochs):
+            for targets in minibatches(batch.targets, len(batch), min(count, len(batch)), self.generator):
+                (of_rows,), _ = self._step(targets)
+                losses.append(of_rows.mean())
+        return float(torch.stack(losses).mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser."""
+        return self.optimizer.state_dict()

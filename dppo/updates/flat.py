@@ -1,0 +1,54 @@
+"""Parameters that lie end to end in one tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from policies import UserError
+
+
+class FlatParameters:
+    """Those of a network that require a gradient, as views of one tensor.
+
+    In small networks, operations on single parameters (gradients to accumulate, norms, steps) take longer than the
+    networks themselves. The parameters keep their names and shapes, and whoever loads weights into them copies. They
+    must stay on their device from then on.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.values = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        """[P]; whoever changes it changes the parameters."""
+        for parameter, part in zip(self.parameters, self.split(self.values), strict=True):
+            parameter.data = part
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """A tensor [P] as tensors of the parameters' shapes."""
+        parts = flat.split(self.sizes)
+        return [part.view_as(parameter) for parameter, part in zip(self.parameters, parts, strict=True)]
+
+    def gradient(self, scalar: Tensor, out: Tensor | None = None) -> Tensor:
+        """The gradient [P] of a scalar by all parameters, zero for those it does not depend on; in ``out`` if given."""
+        gradients = torch.autograd.grad(scalar, self.parameters, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in gradients], out=out)
+
+    def check_views(self) -> None:
+        """Raise RuntimeError where the parameters were moved or replaced, and would be left behind."""
+        if self.parameters[0].data_ptr() != self.values.data_ptr():
+            raise RuntimeError("the parameters are no views of the flat tensor any more: were they moved or replaced?")
+
+
+def check_finite(network: str, *, loss: float, gradient: float) -> None:
+    """Raise UserError where a network's loss or the norm of its gradient is not finite."""
+    for what, value in (("loss", loss), ("gradient of the loss", gradient)):
+        if not math.isfinite(value):
+            advice = "lower the learning rate, or look for extreme values in what is learned from"
+            raise UserError(f"the {network} network's {what} became {value}; {advice}")

@@ -1,0 +1,48 @@
+"""Update rules by the name that configurations give them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from dppo.critic import Critic
+from dppo.updates.batch import Batch
+from dppo.updates.config import UpdateConfig
+from dppo.updates.first_order import FirstOrder, FirstOrderConfig, PPOConfig, PPOKLConfig
+from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
+from policies import Policy
+
+CONFIGS: dict[str, type[UpdateConfig]] = {
+    "a2c": FirstOrderConfig,
+    "npg": NaturalConfig,
+    "ppo": PPOConfig,
+    "ppo_kl": PPOKLConfig,
+    "trpo": TRPOConfig,
+    "vpg": FirstOrderConfig,
+}
+"""The settings of each."""
+
+
+class UpdateRule(Protocol):
+    """How a policy and its critic learn from a rollout."""
+
+    def update(self, batch: Batch, *, progress: float, iteration: int) -> dict[str, float | None]:
+        """One update; its metrics. See `FirstOrder.update`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it has learned beside the networks, as tensors and plain values."""
+        ...
+
+
+def make_update_rule(config: UpdateConfig, policy: Policy, critic: Critic, generator: torch.Generator) -> UpdateRule:
+    """The rule of a configuration; ``generator`` draws its random numbers, on the policy's device.
+
+    Raises:
+        UserError: it is to be compiled, and cannot be.
+    """
+    if isinstance(config, FirstOrderConfig):
+        return FirstOrder(config, policy, critic, generator)
+    assert isinstance(config, NaturalConfig)
+    return NaturalGradient(config, policy, critic, generator)

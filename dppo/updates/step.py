@@ -1,0 +1,27 @@
+"""The one choice between ways to take a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dppo.updates.batch import Record
+from dppo.updates.compiled import CompiledStep
+from dppo.updates.gradient import GradientStep
+from dppo.updates.objective import Objective, Rows
+from dppo.updates.optimizer import FlatAdamW
+
+Step = Callable[[Record], tuple[Rows, bool]]
+"""See `GradientStep.__call__`."""
+
+
+def make_step(objective: Objective[Record], optimizer: FlatAdamW, *, compile: bool) -> Step[Record]:
+    """Down the objective; compiled, or with as many threads as torch has.
+
+    Raises:
+        UserError: it cannot be compiled.
+    """
+    if compile:
+        return CompiledStep(objective, optimizer)
+    return GradientStep(objective, optimizer, threads=torch.get_num_threads())

@@ -1,0 +1,85 @@
+"""What a first-order step minimises in place of the return."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dppo.surrogates import clipped_loss, kl_terms, ratio_of
+from dppo.updates.objective import Rows
+
+
+class Surrogate(ABC):
+    """A loss of log-ratios and advantages."""
+
+    known: ClassVar[tuple[str, ...]] = ()
+    """Names of what else `rows` says of each pair."""
+
+    @abstractmethod
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
+        """The losses of B pairs, then what `known` names, [B] each.
+
+        Args:
+            log_ratios: [B], log pi_new / pi_old.
+            advantages: [B], discounted over the inner steps.
+            steps: [B] integers, the inner steps k.
+        """
+
+    def adapt(self, kl: float) -> dict[str, float]:
+        """Learn from the KL that an update ended with; metrics of the surrogate itself during that update."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `adapt` has learned."""
+        return {}
+
+
+class LogLikelihood(Surrogate):
+    """- A log pi, whose gradient is the policy gradient (Williams 1992); the ratio's denominator is a constant."""
+
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
+        return (-advantages * log_ratios,)
+
+
+class ClippedRatio(Surrogate):
+    """See `clipped_loss`; a clip range for each inner step."""
+
+    known = ("clip_fraction",)
+
+    def __init__(self, ranges: Tensor, dual_clip: float | None) -> None:
+        """``ranges`` [K]; ``dual_clip`` as of `clipped_loss`."""
+        self.ranges = ranges
+        self.dual_clip = dual_clip
+
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
+        ranges = self.ranges[steps]
+        outside = (log_ratios.detach().expm1().abs() > ranges).float()
+        return clipped_loss(log_ratios, advantages, ranges, self.dual_clip), outside
+
+
+class PenalisedRatio(Surrogate):
+    """- r A + beta KL(old || new), beta doubled or halved after an update (Schulman et al. 2017, section 4).
+
+    The KL is estimated from the samples themselves, without bias (`approximate_kl`): so it needs no closed form.
+    """
+
+    def __init__(self, beta: float, target_kl: float, device: torch.device) -> None:
+        self.beta = torch.tensor(beta, device=device)
+        self.target_kl = target_kl
+
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
+        return (self.beta * kl_terms(log_ratios) - ratio_of(log_ratios) * advantages,)
+
+    def adapt(self, kl: float) -> dict[str, float]:
+        before = float(self.beta)
+        if kl > 1.5 * self.target_kl:
+            self.beta.mul_(2).clamp_(max=1e6)
+        elif kl < self.target_kl / 1.5:
+            self.beta.div_(2).clamp_(min=1e-6)
+        return {"kl_penalty": before}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"beta": self.beta}

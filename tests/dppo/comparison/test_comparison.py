@@ -1,0 +1,223 @@
+"""From a comparison's settings to its runs and its report."""
+
+import csv
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dppo.cli import main
+from dppo.comparison import running
+from dppo.comparison.plan import ComparisonConfig, PlannedRun, plan
+from dppo.comparison.report import write_report
+from dppo.comparison.results import POINTS, Result, Table, finished
+from dppo.comparison.running import run_all
+from policies import UserError
+from policies.config import config_from_dict
+
+METHODS = {"good": ["algo=ppo"], "bad": ["algo=trpo", "algo.max_kl=1e-9"]}
+
+
+def settings(**changes) -> dict:
+    return {"name": "trial", "tasks": ["cartpole", "hopper"], "seeds": [0, 1], "methods": METHODS, **changes}
+
+
+def config(**changes) -> ComparisonConfig:
+    return config_from_dict(ComparisonConfig, settings(**changes), "compare")
+
+
+def finish(run: PlannedRun, score: float, *, before: float = 10.0, steps: int = 1000) -> None:
+    run.note_settings()
+    run.path.mkdir(parents=True)
+    rows = [{"env_steps": s, "return_mean": score * s / steps} for s in range(100, steps + 1, 100)]
+    run.directory.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ends = {key: {"return_mean": value, "success_rate": None} for key, value in (("before", before), ("after", score))}
+    run.directory.summary_path.write_text(json.dumps({"env_steps": steps, "wall_clock_s": 60.0, **ends}))
+
+
+# --- the plan
+
+
+def test_every_method_meets_every_task_with_every_seed(tmp_path):
+    runs = plan(config(), tmp_path)
+    assert len({(run.method, run.task, run.seed) for run in runs}) == 8
+    assert len({run.path for run in runs}) == 8
+    assert [run.seed for run in runs] == [0] * 4 + [1] * 4, "first results of everything come early"
+
+
+def test_the_users_own_settings_win_over_a_methods_over_a_tasks_over_those_for_all(tmp_path):
+    choice = config(settings=["env_steps=1"], task_settings={"hopper": ["env_steps=2"]})
+    run = next(run for run in plan(choice, tmp_path, ["env_steps=4"]) if (run.method, run.task) == ("good", "hopper"))
+    assert run.overrides == ("task=hopper", "env_steps=1", "env_steps=2", "algo=ppo", "env_steps=4", "seed=0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {"odd": ["algo.clipp=1"]}}, "^odd on cartpole: .*clipp"),
+        ({"tasks": ["cartpole", "chess"]}, "unknown task 'chess'"),
+        ({"tasks": []}, "tasks must not be empty"),
+        ({"seeds": [1, 1]}, "seeds holds something twice"),
+        ({"methods": {}}, "methods must not be empty"),
+        ({"task_settings": {"maze": []}}, "none of the tasks"),
+    ],
+)
+def test_a_comparison_that_cannot_work_is_refused_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        plan(config(**changes), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_with_other_settings_is_refused_and_one_with_the_same_is_kept(tmp_path):
+    for run in plan(config(), tmp_path):
+        finish(run, 100.0)
+    assert all(run.summary for run in plan(config(), tmp_path))
+    with pytest.raises(UserError, match=r"finished with other settings \(nothing then, env_steps=5 now\); remove it"):
+        plan(config(settings=["env_steps=5"]), tmp_path)
+
+
+def test_a_run_that_did_not_end_is_not_finished(tmp_path):
+    run = plan(config(), tmp_path)[0]
+    assert run.summary is None
+    finish(run, 100.0)
+    assert run.summary is not None
+    content = json.loads(run.directory.summary_path.read_text())
+    run.directory.summary_path.write_text(json.dumps({**content, "after": None}))
+    assert run.summary is None
+    run.directory.summary_path.write_text("{ torn")
+    assert run.summary is None
+
+
+# --- running
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """Runs a shell script in place of `dppo finetune`."""
+
+    def use(script: str) -> None:
+        monkeypatch.setattr(running.sys, "executable", "/bin/sh")
+        start = running.subprocess.Popen
+        monkeypatch.setattr(
+            running.subprocess, "Popen", lambda command, **how: start(["/bin/sh", "-c", script, *command], **how)
+        )
+
+    return use
+
+
+def test_no_more_runs_go_at_a_time_than_allowed_and_the_failed_ones_are_named(tmp_path, shell):
+    shell(f'echo start >> {tmp_path}/log; sleep 0.3; echo end >> {tmp_path}/log; case "$*" in *seed=1*) exit 3;; esac')
+    ended = []
+    runs = plan(config(tasks=["cartpole"]), tmp_path / "out")
+    failed = run_all(
+        runs, processes=2, threads=1, extra=None, on_end=lambda run, status, _: ended.append((run, status))
+    )
+    assert {run.seed for run in failed} == {1}
+    assert len(failed) == 2
+    assert {status for run, status in ended if run.seed == 1} == {3}
+    assert len(ended) == 4
+    running_now = np.cumsum([1 if line == "start" else -1 for line in (tmp_path / "log").read_text().split()])
+    assert running_now.max() == 2
+
+
+def test_what_runs_is_stopped_when_the_comparison_is(tmp_path, shell):
+    shell(
+        f"trap 'echo saved >> {tmp_path}/log; exit 1' TERM; echo started >> {tmp_path}/log; while :; do sleep 0.1; done"
+    )
+
+    def poll(seconds: float) -> None:
+        log = tmp_path / "log"
+        if log.is_file() and log.read_text().count("started") == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "time", SimpleNamespace(**vars(time) | {"sleep": poll}))
+        with pytest.raises(KeyboardInterrupt):
+            run_all(plan(config(), tmp_path / "out"), processes=2, threads=1, extra=None, on_end=lambda *_: None)
+    assert (tmp_path / "log").read_text().count("saved") == 2
+
+
+# --- the report
+
+
+def reported(tmp_path: Path) -> str:
+    runs = plan(config(), tmp_path)
+    for run in runs:
+        finish(run, {"good": 200.0, "bad": 50.0}[run.method] + 10 * run.seed + 1000 * (run.task == "hopper"))
+    table = Table(finished(runs), ["cartpole", "hopper"], ["good", "bad"])
+    return write_report(table, name="trial", command="dppo compare x", output=tmp_path).read_text()
+
+
+def test_the_report_has_the_scores_the_probabilities_and_the_picture(tmp_path):
+    text = reported(tmp_path)
+    assert "| cartpole | good | 2 | 205.0 [200.0, 210.0] | 205.0 ± 7.07 | 200.0 | 210.0 |" in text
+    assert "| hopper | bad | 2 | 1,055 [1,050, 1,060] |" in text
+    assert "| good | bad | 1.00 [1.00, 1.00] |" in text
+    assert "| bad | good | 0.00 [0.00, 0.00] |" in text
+    assert "    dppo compare x" in text
+    assert "8 runs, seeds 0, 1." in text
+    assert (tmp_path / "learning_curves.png").stat().st_size > 10_000
+
+
+def test_normalised_scores_are_zero_before_training_and_one_for_the_best_run(tmp_path):
+    reported(tmp_path)
+    table = Table(finished(plan(config(), tmp_path)), ["cartpole", "hopper"], ["good", "bad"])
+    cartpole, hopper = table.normalized("good")
+    np.testing.assert_allclose(cartpole, [190 / 200, 1.0])
+    np.testing.assert_allclose(hopper, [1190 / 1200, 1.0])
+
+
+def test_the_tables_hold_every_run_and_every_point(tmp_path):
+    reported(tmp_path)
+    with (tmp_path / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {(row["task"], row["method"], row["seed"]) for row in rows} == {
+        (task, method, seed) for task in ("cartpole", "hopper") for method in METHODS for seed in "01"
+    }
+    with (tmp_path / "curves.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2 * 2 * POINTS
+
+
+def test_a_curve_is_the_mean_of_what_was_measured_since_the_point_before(tmp_path):
+    run = plan(config(), tmp_path)[0]
+    finish(run, 100.0, before=7.0)
+    result = Result(run, run.summary or {})
+    np.testing.assert_allclose(result.curve(np.array([0.0, 200.0, 400.0, 1000.0])), [15, 35, 75])
+    np.testing.assert_allclose(result.curve(np.array([0.0, 50.0, 150.0, 160.0, 1000.0])), [7, 10, 10, 60])
+
+
+# --- the command
+
+
+TINY = ["env_steps=40", "num_envs=2", "rollout_steps=10", "evaluation.episodes=2", "video=false", "logger=none"]
+
+
+def test_the_command_runs_what_is_missing_and_nothing_again(tmp_path, capsys):
+    (tmp_path / "comparison").mkdir()
+    content = {
+        **settings(tasks=["cartpole"], seeds=[0], settings=TINY),
+        "methods": {"ppo": ["algo=ppo"], "npg": ["algo=npg"]},
+    }
+    (tmp_path / "comparison" / "mine.yaml").write_text("# @package _global_\n" + json.dumps(content))
+    command = ["compare", "--config-dir", str(tmp_path), "comparison=mine", f"output={tmp_path / 'out'}"]
+    assert main(command) == 0
+    assert "2 runs, of which 0 are finished" in capsys.readouterr().out
+    first = (tmp_path / "out" / "report.md").read_text()
+    assert "| cartpole | npg | 1 |" in first
+    stamps = [path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("summary.json")]
+    assert main([*command, "seeds=[0,1]"]) == 0
+    assert "4 runs, of which 2 are finished" in capsys.readouterr().out
+    assert set(stamps) < {path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("summary.json")}
+    assert main([*command, "--", "algo.gamma=0.5"]) == 2
+    assert "finished with other settings" in capsys.readouterr().err
+    assert main([*command, "seeds=[2]", "--", "checkpoint=nowhere"]) == 2
+    assert "2 of 2 runs failed" in capsys.readouterr().err
+
+
+def test_dashes_mean_something_to_a_comparison_only(capsys):
+    assert main(["finetune", "--", "env_steps=3"]) == 2
+    assert "`--` means nothing to dppo finetune" in capsys.readouterr().err
