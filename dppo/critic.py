@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from policies import Policy, UserError
+from policies.config import config_from_dict
+from policies.networks.mlp import MLP
 from policies.networks.registry import build_head
 
 
@@ -20,3 +24,48 @@ class Critic(nn.Module):
     def forward(self, normalized_obs: Tensor) -> Tensor:
         """[B, To, Do] -> [B]."""
         return self.network(normalized_obs.flatten(1))[:, 0]
+
+
+@dataclass(frozen=True)
+class SharedConfig:
+    """Settings of a `SharedCritic`."""
+
+    coefficient: float = 0.5
+    """Of the critic's loss beside the policy's."""
+
+    def __post_init__(self) -> None:
+        if not self.coefficient > 0:
+            raise ValueError(f"coefficient must be positive, not {self.coefficient}")
+
+
+class SharedCritic(nn.Module):
+    """V(o) as one more output of the policy's own network; it has to learn in the same steps."""
+
+    def __init__(self, config: SharedConfig, policy: Policy) -> None:
+        """Raises UserError for a policy that does not see the observation before anything else."""
+        super().__init__()
+        network = policy.network
+        if not isinstance(network, MLP):
+            raise UserError(f"a {policy.type} policy has no trunk that a critic could share; choose critic=mlp")
+        self.coefficient = config.coefficient
+        self.head = nn.Linear(network.output.in_features, 1)
+        nn.init.orthogonal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self._policy = (policy,)  # in a tuple, and so no submodule: its weights are the policy's
+
+    def forward(self, normalized_obs: Tensor) -> Tensor:
+        """[B, To, Do] -> [B]."""
+        (policy,) = self._policy
+        return self.head(policy.network.features(policy.network_input(normalized_obs)))[:, 0]
+
+
+def make_critic(config: Mapping[str, Any], policy: Policy) -> Critic | SharedCritic:
+    """The critic of a configuration, a network of its own or a ``shared`` one.
+
+    Raises:
+        UserError: wrong settings, or a policy that cannot share.
+    """
+    if config.get("type") == "shared":
+        settings = {key: value for key, value in config.items() if key != "type"}
+        return SharedCritic(config_from_dict(SharedConfig, settings, "critic"), policy)
+    return Critic(config, policy.config.history, policy.config.obs_dim)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dppo.advantages import gae
-from dppo.critic import Critic
+from dppo.critic import make_critic
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env
 from dppo.output.metrics import Row
@@ -63,7 +63,7 @@ class Trainer:
         device = next(policy.parameters()).device
         seeds = [int(seed) for seed in np.random.SeedSequence(config.seed).generate_state(4)]
         torch.manual_seed(seeds[0])  # of the critic's weights
-        self.critic = Critic(critic, policy.config.history, policy.config.obs_dim).to(device)
+        self.critic = make_critic(critic, policy).to(device)
         self.update_rule = make_update_rule(algo, policy, self.critic, torch.Generator(device).manual_seed(seeds[1]))
         self.reward_scaler = RewardScaler(config.num_envs, algo.gamma).to(device)
         env = make_vector_env(

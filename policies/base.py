@@ -110,6 +110,8 @@ class Policy(nn.Module):
 
     num_steps: int
     """K, the number of inner steps."""
+    network: Any
+    """What is trained, but for single parameters beside it."""
 
     def __init_subclass__(cls, type: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -193,6 +195,10 @@ class Policy(nn.Module):
     def normalize_obs(self, obs: Tensor) -> Tensor:
         """Scale observations [..., Do] as the policy's own network sees them; a critic may share it."""
         return self.obs_scaler.normalize(obs)
+
+    def network_input(self, normalized_obs: Tensor) -> Tensor:
+        """[B, To, Do] -> what the network sees of scaled observations, [B, To * Do] or less."""
+        return normalized_obs.flatten(1)
 
     def fit_observations(self, low: Tensor, high: Tensor) -> None:
         """Take min-max scaling from the range [Do], [Do] of demonstrations."""

@@ -54,9 +54,13 @@ class CategoricalPolicy(Policy, type="categorical"):
         self._obs_dim = config.obs_dim - (config.action_dim if config.masked else 0)
         self.network = build_head(config.network, config.history * self._obs_dim, config.action_dim, output_gain=0.01)
 
+    def network_input(self, normalized_obs: Tensor) -> Tensor:
+        """Without the mask."""
+        return normalized_obs[..., : self._obs_dim].flatten(1)
+
     def _law(self, obs: Tensor) -> Categorical:
         """Of actions [B], or [B, D] where there are several dimensions."""
-        logits = self.network(self.normalize_obs(obs)[..., : self._obs_dim].flatten(1))
+        logits = self.network(self.network_input(self.normalize_obs(obs)))
         if self.config.masked:
             logits = torch.where(obs[:, -1, self._obs_dim :] > 0.5, logits, NEVER)
         return Categorical(logits=self._apart(logits, NEVER), validate_args=False)

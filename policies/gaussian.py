@@ -71,7 +71,7 @@ class GaussianPolicy(Policy, type="gaussian"):
             self.raw_std = nn.Parameter(torch.full(self.latent_shape, start))
 
     def _law(self, obs: Tensor) -> Normal:
-        out = self.network(self.normalize_obs(obs).flatten(1))
+        out = self.network(self.network_input(self.normalize_obs(obs)))
         if self.config.std == "state":
             out, raw_std = out.chunk(2, dim=1)
             raw_std = raw_std.unflatten(1, self.latent_shape)

@@ -68,7 +68,7 @@ class MixturePolicy(Policy, type="mixture"):
         self.raw_std = nn.Parameter(torch.full((config.components, *self.latent_shape), start))
 
     def _law(self, obs: Tensor) -> MixtureSameFamily:
-        out = self.network(self.normalize_obs(obs).flatten(1))
+        out = self.network(self.network_input(self.normalize_obs(obs)))
         logits, means = out.tensor_split([self.config.components], dim=1)
         std = self.config.min_std + F.softplus(self.raw_std)
         means = means.unflatten(1, (self.config.components, *self.latent_shape))

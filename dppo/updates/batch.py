@@ -55,6 +55,11 @@ class Batch:
             self.advantages[rows],
         )
 
+    def joint_pairs(self, indices: Tensor) -> JointPairs:
+        """As `pairs`."""
+        rows = indices // self.num_steps
+        return JointPairs(**vars(self.pairs(indices)), returns=self.returns[rows], values=self.values[rows])
+
     def targets(self, rows: Tensor) -> Targets:
         """Copies of what the critic learns from, of the rows [B]."""
         return Targets(self.obs[rows], self.returns[rows], self.values[rows])
@@ -82,6 +87,16 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class JointPairs(Pairs):
+    """B pairs, with what a critic learns from the same environment steps."""
+
+    returns: Tensor
+    """[B]"""
+    values: Tensor
+    """[B], its estimates before the update"""
+
+
+@dataclass(frozen=True)
 class Targets:
     """B environment steps: what a critic learns from."""
 
@@ -96,7 +111,7 @@ class Targets:
         return len(self.returns)
 
 
-Record = TypeVar("Record", Pairs, Targets, tuple[Tensor, ...])
+Record = TypeVar("Record", Pairs, JointPairs, Targets, tuple[Tensor, ...])
 """Tensors that have their B rows in common."""
 
 

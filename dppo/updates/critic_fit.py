@@ -42,8 +42,10 @@ class CriticFit:
         values = self.critic(self.policy.normalize_obs(targets.obs))
         return (value_losses(values, targets.returns, targets.values, self.config.value_clip),)
 
-    def fit(self, batch: Batch, *, epochs: int, minibatches_per_epoch: int, learning_rate_factor: float) -> float:
-        """Learn from a rollout; the mean loss on the way.
+    def fit(
+        self, batch: Batch, *, epochs: int, minibatches_per_epoch: int, learning_rate_factor: float
+    ) -> dict[str, float]:
+        """Learn from a rollout; metrics: the mean loss on the way, and the learning rate.
 
         Args:
             batch: the transitions.
@@ -62,7 +64,8 @@ class CriticFit:
             for targets in minibatches(batch.targets, len(batch), min(count, len(batch)), self.generator):
                 (of_rows,), _ = self._step(targets)
                 losses.append(of_rows.mean())
-        return float(torch.stack(losses).mean())
+        value_loss = float(torch.stack(losses).mean())
+        return {"value_loss": value_loss, "critic_learning_rate": self.optimizer.learning_rate}
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser."""

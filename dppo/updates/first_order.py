@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dppo.advantages import explained_variance, inner_discount, normalized
-from dppo.critic import Critic
+from dppo.critic import Critic, SharedCritic
 from dppo.precision import computing_in
-from dppo.surrogates import LogRatio, approximate_kl, clip_ranges, entropy_terms, log_ratio
+from dppo.surrogates import LogRatio, approximate_kl, clip_ranges, entropy_terms, log_ratio, value_losses
 from dppo.threads import single_thread
-from dppo.updates.batch import Batch, Pairs, minibatches
+from dppo.updates.batch import Batch, JointPairs, Pairs, minibatches
 from dppo.updates.config import UpdateConfig
 from dppo.updates.critic_fit import CriticFit
 from dppo.updates.objective import Objective, Rows, as_it_is
@@ -121,16 +121,20 @@ class PPOKLConfig(FirstOrderConfig):
 
 
 class FirstOrder:
-    """Minibatch epochs with Adam on a surrogate; the critic is fitted beside it."""
+    """Minibatch epochs with Adam on a surrogate; the critic is fitted after it, or with it if it is shared."""
 
-    def __init__(self, config: FirstOrderConfig, policy: Policy, critic: Critic, generator: torch.Generator) -> None:
+    def __init__(
+        self, config: FirstOrderConfig, policy: Policy, critic: Critic | SharedCritic, generator: torch.Generator
+    ) -> None:
         """``generator`` draws the minibatches."""
         self.config = config
         self.policy = policy
         self.generator = generator
-        self.critic_fit = CriticFit(config, policy, critic, generator)
+        self.critic_fit = None if isinstance(critic, SharedCritic) else CriticFit(config, policy, critic, generator)
+        self.shared = critic if isinstance(critic, SharedCritic) else None
+        trained = policy if self.shared is None else nn.ModuleList([policy, critic])
         self.optimizer = FlatAdamW(
-            policy.parameters(),
+            trained.parameters(),
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
@@ -143,13 +147,15 @@ class FirstOrder:
         """What the KL has made of the learning rate."""
         limit = config.target_kl if config.target_kl_of == "minibatch" else None
         self.objective = Objective(
-            policy,
+            trained,
             self.rows,
             prepare=_with_normalized_advantages if config.normalize_advantages else as_it_is,
             allow=None if limit is None else lambda rows: approximate_kl(rows[1]) <= limit,
         )
         self._step = make_step(self.objective, self.optimizer, compile=config.compile)
-        self._names = ("policy_loss", "approx_kl", *self.surrogate.known)  # of metrics that are means over pairs
+        names = (*self.surrogate.known, "policy_loss", "value_loss") if self.shared else self.surrogate.known
+        # Of metrics that are means over pairs.
+        self._names = ("loss" if self.shared else "policy_loss", "approx_kl", *names)
 
     def rows(self, pairs: Pairs) -> Rows:
         """Of B pairs, their advantages taken as they are: losses, log-ratios, and what the surrogate knows."""
@@ -167,6 +173,12 @@ class FirstOrder:
         losses, *known = self.surrogate.rows(log_ratios, advantages, pairs.step)
         if self.config.entropy_coefficient > 0:
             losses = losses - self.config.entropy_coefficient * entropy_terms(law, factors, log_ratios)
+        if self.shared is not None:
+            assert isinstance(pairs, JointPairs)
+            values = self.shared(self.policy.normalize_obs(pairs.obs))
+            value_terms = value_losses(values, pairs.returns, pairs.values, self.config.value_clip)
+            known += [losses, value_terms]
+            losses = losses + self.shared.coefficient * value_terms
         return losses, log_ratios, *known
 
     @single_thread()
@@ -191,16 +203,15 @@ class FirstOrder:
         if iteration >= config.critic_warmup_iterations:
             learned, steps = self._epochs(batch, count)
             metrics |= learned
-        value_loss = self.critic_fit.fit(
-            batch, epochs=config.epochs, minibatches_per_epoch=count, learning_rate_factor=factor
-        )
+        if self.critic_fit is not None:
+            metrics |= self.critic_fit.fit(
+                batch, epochs=config.epochs, minibatches_per_epoch=count, learning_rate_factor=factor
+            )
         return {
             **metrics,
             "entropy": batch.entropy,
-            "value_loss": value_loss,
             "explained_variance": explained_variance(batch.values, batch.returns),
             "actor_learning_rate": self.optimizer.learning_rate,
-            "critic_learning_rate": self.critic_fit.optimizer.learning_rate,
             "actor_steps": steps,
         }
 
@@ -212,7 +223,8 @@ class FirstOrder:
         for _ in range(config.epochs):
             seen: list[Rows] = []
             taken = True
-            for pairs in minibatches(batch.pairs, len(batch) * batch.num_steps, count, self.generator):
+            gather = batch.pairs if self.shared is None else batch.joint_pairs
+            for pairs in minibatches(gather, len(batch) * batch.num_steps, count, self.generator):
                 rows, taken = self._step(pairs)
                 seen.append(rows)
                 if not taken:
@@ -234,7 +246,7 @@ class FirstOrder:
         """Both optimisers, what was adapted, and the state of the generator."""
         return {
             "actor_optimizer": self.optimizer.state_dict(),
-            "critic_optimizer": self.critic_fit.state_dict(),
+            **({} if self.critic_fit is None else {"critic_optimizer": self.critic_fit.state_dict()}),
             "surrogate": self.surrogate.state_dict(),
             "speed": self.speed,
             "generator": self.generator.get_state(),

@@ -125,13 +125,11 @@ class NaturalGradient:
         metrics: dict[str, float | None] = dict.fromkeys(METRICS)
         if iteration >= self.config.critic_warmup_iterations:
             metrics |= self._learn(batch)
-        value_loss = self.critic_fit.fit(batch, epochs=1, minibatches_per_epoch=1, learning_rate_factor=factor)
+        metrics |= self.critic_fit.fit(batch, epochs=1, minibatches_per_epoch=1, learning_rate_factor=factor)
         return {
             **metrics,
             "entropy": batch.entropy,
-            "value_loss": value_loss,
             "explained_variance": explained_variance(batch.values, batch.returns),
-            "critic_learning_rate": self.critic_fit.optimizer.learning_rate,
         }
 
     def _learn(self, batch: Batch) -> dict[str, float]:

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 import torch
 
-from dppo.critic import Critic
+from dppo.critic import Critic, SharedCritic
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
 from dppo.updates.first_order import FirstOrder, FirstOrderConfig, PPOConfig, PPOKLConfig
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
-from policies import Policy
+from policies import Policy, UserError
 
 CONFIGS: dict[str, type[UpdateConfig]] = {
     "a2c": FirstOrderConfig,
@@ -36,13 +36,19 @@ class UpdateRule(Protocol):
         ...
 
 
-def make_update_rule(config: UpdateConfig, policy: Policy, critic: Critic, generator: torch.Generator) -> UpdateRule:
+def make_update_rule(
+    config: UpdateConfig, policy: Policy, critic: Critic | SharedCritic, generator: torch.Generator
+) -> UpdateRule:
     """The rule of a configuration; ``generator`` draws its random numbers, on the policy's device.
 
     Raises:
-        UserError: it is to be compiled, and cannot be.
+        UserError: it is to be compiled and cannot be, or needs a critic of its own and has a shared one.
     """
+    if isinstance(critic, SharedCritic) and not isinstance(config, FirstOrderConfig):
+        raise UserError("a natural gradient is of the policy alone: choose critic=mlp in place of critic=shared")
+    if isinstance(critic, SharedCritic) and config.critic_warmup_iterations:
+        raise UserError("a critic that shares the policy's network cannot learn alone: set critic_warmup_iterations=0")
     if isinstance(config, FirstOrderConfig):
         return FirstOrder(config, policy, critic, generator)
-    assert isinstance(config, NaturalConfig)
+    assert isinstance(config, NaturalConfig) and isinstance(critic, Critic)
     return NaturalGradient(config, policy, critic, generator)

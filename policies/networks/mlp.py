@@ -113,6 +113,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.trunk(self.input(x))
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees."""
+        return self.trunk[:-1](self.input(x))
+
     def plain_trunk(self) -> Layer:
         """``trunk`` as a function of the weights as they are now, without the calls of modules and their look-ups.
 

@@ -17,6 +17,7 @@ from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch, Pairs, Targets
 from dppo.updates.first_order import FirstOrder, FirstOrderConfig, PPOConfig, PPOKLConfig
+from dppo.updates.natural import TRPOConfig
 from dppo.updates.objective import Rows
 from dppo.updates.rules import make_update_rule
 from dppo.updates.step import make_step
@@ -569,3 +570,64 @@ def test_the_penalty_of_ppo_kl_grows_when_the_policy_runs_away(small_policy, poi
 def test_impossible_options_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PPOConfig(**settings)
+
+
+# --- a critic that shares the policy's network
+
+
+def shared_trainer(kind, small_policy, task_of, config=None, **settings):
+    config = config or PPOConfig(epochs=2, batch_size=8, learning_rate=0.01)
+    return Trainer(small_policy(kind, **settings), task_of(kind), TrainerConfig(1000, 4, 8), config, {"type": "shared"})
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+def test_a_shared_critic_learns_in_the_policys_steps_and_moves_the_trunk(small_policy, task_of, kind):
+    trainer = shared_trainer(kind, small_policy, task_of)
+    rule = trainer.update_rule
+    assert len(rule.optimizer.parameters) == sum(
+        parameter.numel() for parameter in (*trainer.policy.parameters(), *trainer.critic.parameters())
+    )
+    assert [name for name, _ in trainer.critic.named_parameters()] == ["head.weight", "head.bias"]
+    batch, before = rollout_batch(trainer), with_critic(trainer.policy, trainer.critic)
+    metrics = rule.update(dataclasses.replace(batch, advantages=0 * batch.advantages), progress=0.0, iteration=0)
+    after = with_critic(trainer.policy, trainer.critic)
+    assert {name for name in before if not torch.equal(before[name], after[name])} >= {
+        "network.input.weight",
+        "critic.head.weight",
+    }
+    assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + 0.5 * metrics["value_loss"], abs=1e-5)
+    assert metrics["actor_steps"] == 8
+
+
+def test_the_loss_of_a_shared_critic_is_that_of_its_values(small_policy, task_of):
+    trainer = shared_trainer("gaussian", small_policy, task_of)
+    batch = rollout_batch(trainer)
+    everything = torch.arange(len(batch))
+    losses, _, _, policy_losses, value_terms = trainer.update_rule.rows(batch.joint_pairs(everything))
+    values = trainer.critic(trainer.policy.normalize_obs(batch.obs))
+    torch.testing.assert_close(values, batch.values)
+    torch.testing.assert_close(value_terms, 0.5 * (values - batch.returns).square())
+    torch.testing.assert_close(losses, policy_losses + 0.5 * value_terms)
+
+
+def test_a_shared_critic_learns_the_returns(small_policy, task_of):
+    config = FirstOrderConfig(epochs=300, learning_rate=0.01, gamma=0.0, gae_lambda=0.0, normalize_advantages=False)
+    trainer = shared_trainer("gaussian", small_policy, task_of, config)
+    batch = dataclasses.replace(rollout_batch(trainer), advantages=torch.zeros(32))
+    trainer.update_rule.update(batch, progress=0.0, iteration=0)
+    values = trainer.critic(trainer.policy.normalize_obs(batch.obs))
+    before, after = ((v - batch.returns).square().mean() for v in (batch.values, values))
+    assert after < 0.2 * before
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("diffusion", PPOConfig(), "a diffusion policy has no trunk"),
+        ("gaussian", TRPOConfig(), "a natural gradient is of the policy alone"),
+        ("gaussian", PPOConfig(critic_warmup_iterations=2), "cannot learn alone"),
+    ],
+)
+def test_a_critic_that_cannot_share_is_refused(small_policy, task_of, kind, config, message):
+    with pytest.raises(UserError, match=message):
+        shared_trainer(kind, small_policy, task_of, config)
