@@ -53,6 +53,19 @@ def build_update_rule(config: Plain) -> UpdateConfig:
     return config_from_dict(CONFIGS[name], settings, "algo")
 
 
+def demonstrable_spaces(task: Task) -> Spaces:
+    """The spaces of a task that there can be demonstrations of.
+
+    Raises:
+        UserError: several discrete actions at once, or a mask of the valid ones, which datasets do not hold.
+    """
+    spaces = space_dims(task)
+    if spaces.choices is not None or spaces.masked:
+        what = "a mask of valid actions" if spaces.masked else "several discrete actions at once"
+        raise UserError(f"task {task.name} has {what}, of which there are no demonstrations; use checkpoint=scratch")
+    return spaces
+
+
 def whole_chain(config: Plain) -> dict[str, Any]:
     """The change of settings that leaves no part of a chain frozen, for weights that are still to be trained."""
     return {"finetuned_steps": None} if "finetuned_steps" in config["policy"] else {}

@@ -46,7 +46,8 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
         try:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
         except HydraException as error:
-            raise UserError(f"cannot read the override: {_one_line(error)}") from error
+            hint = """; quote what holds a "=": 'key=["a=b"]'""" if "input '[" in str(error) else ""
+            raise UserError(f"cannot read the override: {_one_line(error)}{hint}") from error
         own, groups = _own_settings(command), groups_of(command)
         choices = [str(one.input_line) for one in parsed if _is_choice(one, extra)]
         for key in overridden_keys(overrides):
@@ -150,7 +151,19 @@ def _typed(values: Mapping[Any, Any], defaults: Mapping[str, Any], where: str) -
 def _no_setting(where: str, key: str, known: Iterable[str]) -> UserError:
     if key.startswith("task.env_kwargs."):
         return UserError(f"{key} is not among the task's env_kwargs; write +{key}=... to add it")
+    owners = _owners(key)
+    if owners:
+        return UserError(f"{where} has no setting {key!r} here; it belongs to {' and '.join(owners)}")
     return UserError(f"{where} has no setting {key!r}{near_misses(key, known)}")
+
+
+def _owners(key: str) -> list[str]:
+    """The choices of a group that have the setting ``group.name``, as ``group=choice``."""
+    group, _, name = key.partition(".")
+    if not (config_directory() / group).is_dir():
+        return []
+    files = {choice: default_settings(group, choice) for choice in options(group)}
+    return [f"{group}={choice}" for choice, content in files.items() if name in content.get(group, content)]
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 LogRatio = Literal["sum", "mean"]
 
@@ -80,7 +80,8 @@ def clip_ranges(num_steps: int, base: float, full: float, rate: float) -> Tensor
 
 def kl_terms(log_ratios: Tensor) -> Tensor:
     """r - 1 - log r >= 0 of each sample of the old policy [B]; their mean estimates KL(old || new) without bias."""
-    return log_ratios.clamp(max=MAX_LOG_RATIO).expm1() - log_ratios
+    log_ratios = log_ratios.clamp(max=MAX_LOG_RATIO)
+    return log_ratios.expm1() - log_ratios
 
 
 def approximate_kl(log_ratios: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def approximate_kl(log_ratios: Tensor) -> Tensor:
     return kl_terms(log_ratios).mean()
 
 
-def entropy_terms(law: Distribution, factors: Tensor, log_ratios: Tensor) -> Tensor:
+def entropy_terms(law: Distribution, factors: Tensor, log_ratios: Tensor, executed: int | None = None) -> Tensor:
     """Terms [B] whose mean is the entropy of a policy, and whose gradient is the entropy's.
 
     Where a law has no closed form: -r log pi of what was sampled, without bias at the policy that sampled.
@@ -100,8 +101,11 @@ def entropy_terms(law: Distribution, factors: Tensor, log_ratios: Tensor) -> Ten
         law: batch shape [B].
         factors: [B, *F], log-likelihood factors of what was sampled.
         log_ratios: [B], of the new policy to that which sampled.
+        executed: as of `log_ratio`; the entropy of actions that are never executed costs nothing and gains nothing.
     """
     try:
+        if executed is not None and isinstance(law, Independent):
+            return law.base_dist.entropy()[:, :executed].flatten(1).sum(1)
         return law.entropy()
     except NotImplementedError:
         return -ratio_of(log_ratios) * factors.reshape(len(factors), -1).sum(1)

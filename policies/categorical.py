@@ -15,7 +15,8 @@ from policies.base import Policy, PolicyConfig, Sample, log_prob_factors
 from policies.networks.registry import build_head
 
 NEVER = -1e8
-"""Logit of an action that is not valid: its probability is 0, and its gradient too, where minus infinity had none."""
+"""Logit of an action that is not valid, or that there is not, in a dimension that has fewer than another: its
+probability is 0, and its gradient too, where minus infinity had none."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,12 @@ class CategoricalPolicy(Policy, type="categorical"):
 
     def _law(self, obs: Tensor) -> Categorical:
         """Of actions [B], or [B, D] where there are several dimensions."""
-        logits = self.network(self.network_input(self.normalize_obs(obs)))
+        logits = self._apart(self.network(self.network_input(self.normalize_obs(obs))), NEVER)
         if self.config.masked:
-            logits = torch.where(obs[:, -1, self._obs_dim :] > 0.5, logits, NEVER)
-        return Categorical(logits=self._apart(logits, NEVER), validate_args=False)
+            valid = self._apart(obs[:, -1, self._obs_dim :], 0.0) > 0.5
+            # Where no action is valid, the mask says nothing.
+            logits = torch.where(valid | ~valid.any(-1, keepdim=True), logits, NEVER)
+        return Categorical(logits=logits, validate_args=False)
 
     def _apart(self, flat: Tensor, filler: float) -> Tensor:
         """[B, action_dim] -> [B, D, most], the dimensions filled up to the longest; as it is if there is but one."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.nn import functional as F
 
-NODES = 64
-"""Of the quadrature of an entropy."""
+QUADRATURE = tuple(torch.from_numpy(values) for values in np.polynomial.hermite.hermgauss(64))
+"""Nodes and weights of Gauss and Hermite."""
 
 
 def log_slope(z: Tensor) -> Tensor:
@@ -32,9 +32,6 @@ class SquashedNormal(Normal):
 
     def entropy(self) -> Tensor:
         """Of tanh(z), by Gauss-Hermite quadrature: H(z) + E[log d tanh(z) / dz]."""
-        nodes, weights = (
-            torch.as_tensor(values, dtype=self.loc.dtype, device=self.loc.device)
-            for values in np.polynomial.hermite.hermgauss(NODES)
-        )
+        nodes, weights = (values.to(self.loc) for values in QUADRATURE)
         z = self.loc[..., None] + math.sqrt(2) * self.scale[..., None] * nodes
         return super().entropy() + (weights * log_slope(z)).sum(-1) / math.sqrt(math.pi)

@@ -38,6 +38,8 @@ class MixtureConfig(PolicyConfig):
         super().__post_init__()
         if self.components < 1:
             raise ValueError(f"components must be at least 1, not {self.components}")
+        if not self.initial_spread >= 0:
+            raise ValueError(f"initial_spread must not be negative, but is {self.initial_spread}")
         if not 0 < self.min_std < self.initial_std:
             raise ValueError(f"0 < min_std < initial_std must hold, not {self.min_std} and {self.initial_std}")
         if self.executed not in (None, self.chunk):

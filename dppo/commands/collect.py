@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from dppo.building import build_task, build_update_rule, scratch_policy
+from dppo.building import build_task, build_update_rule, demonstrable_spaces, scratch_policy
 from dppo.checkpoint import save_checkpoint
 from dppo.data import minari_store
 from dppo.data.recording import Demonstrator, check_storable, record
@@ -65,6 +65,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     if minari_store.is_stored(dataset) and not config["overwrite"]:
         raise UserError(f"dataset {dataset} exists already; set another dataset=..., or overwrite=true to replace it")
     prepare_device(config)
+    demonstrable_spaces(task)
     env = make_plain_env(task)
     try:
         check_storable(env)  # before an expert is trained for hours

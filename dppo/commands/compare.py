@@ -11,7 +11,7 @@ from typing import Any
 from dppo.comparison.plan import ComparisonConfig, PlannedRun, plan
 from dppo.comparison.report import write_report
 from dppo.comparison.results import Result, Table, finished
-from dppo.comparison.running import run_all
+from dppo.comparison.running import only_one, run_all
 from dppo.output.report import bar, duration, number
 from dppo.output.run_directory import command_line
 from policies.config import config_from_dict
@@ -34,6 +34,8 @@ def run(
     Raises:
         UserError: wrong settings, a finished run with other ones, or failed runs (the report is then of the others).
     """
+    if isinstance(config.get("comparison"), Mapping):
+        raise UserError("the comparison's file must begin with the line `# @package _global_`")
     names = [field.name for field in dataclasses.fields(ComparisonConfig)]
     comparison = config_from_dict(ComparisonConfig, {name: config[name] for name in names if name in config}, "compare")
     output = COMPARISONS / comparison.name if config["output"] is None else Path(str(config["output"])).expanduser()
@@ -42,28 +44,15 @@ def run(
     if not isinstance(processes, int) or processes < 1:
         raise UserError(f"processes must be a positive number, or null for one per processor, not {processes!r}")
     runs = plan(comparison, output, overrides, extra)
-    waiting = [run for run in runs if run.summary is None]
-    threads = max(processors // min(processes, max(len(waiting), 1)), 1)
-    print(
-        f"comparing {', '.join(comparison.methods)} on {', '.join(comparison.tasks)}: {len(runs)} runs, of which "
-        f"{len(runs) - len(waiting)} are finished; {processes} at a time with {threads} threads each, in {output}",
-        flush=True,
-    )
-    failed: list[PlannedRun] = []
-    if waiting:
-        with bar("running", len(waiting)) as advance:
-
-            def ended(run: PlannedRun, status: int, seconds: float) -> None:
-                advance(1)
-                print(_line(run, status, seconds), flush=True)
-
-            failed = run_all(waiting, processes=processes, threads=threads, extra=extra, on_end=ended)
-    results = finished(runs)
-    if results:
-        tasks = [task for task in comparison.tasks if any(one.run.task == task for one in results)]
-        table = Table(results, tasks, list(comparison.methods))
-        report = write_report(table, name=comparison.name, command=command_line(), output=output)
-        print(f"report  {report}\ncurves  {output / 'learning_curves.png'}", flush=True)
+    with only_one(output):
+        failed = _run_missing(comparison, runs, processes, max(processors // min(processes, len(runs)), 1), extra)
+        results = finished(runs)
+        if results:
+            tasks = [task for task in comparison.tasks if any(one.run.task == task for one in results)]
+            table = Table(results, tasks, comparison.methods)
+            missing = [run for run in runs if run.summary is None]
+            report = write_report(table, missing, name=comparison.name, command=command_line(), output=output)
+            print(f"report  {report}\ncurves  {output / 'learning_curves.png'}", flush=True)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(runs)} runs failed, the first of them {failed[0]}: see {failed[0].log_path}"
@@ -71,9 +60,34 @@ def run(
     return output / "report.md"
 
 
+def _run_missing(
+    comparison: ComparisonConfig, runs: Sequence[PlannedRun], processes: int, threads: int, extra: Path | None
+) -> list[PlannedRun]:
+    """Those that failed."""
+    waiting = [run for run in runs if run.summary is None]
+    print(
+        f"comparing {', '.join(comparison.methods)} on {', '.join(comparison.tasks)}: {len(runs)} runs, of which "
+        f"{len(runs) - len(waiting)} are finished; {processes} at a time with {threads} of the processors each",
+        flush=True,
+    )
+    if not waiting:
+        return []
+    with bar("running", len(waiting)) as advance:
+
+        def ended(run: PlannedRun, status: int, seconds: float) -> None:
+            advance(1)
+            print(_line(run, status, seconds), flush=True)
+
+        try:
+            return run_all(waiting, processes=processes, threads=threads, extra=extra, on_end=ended)
+        except BaseException:
+            print("stopped; finished runs are kept, and the same command goes on with the others", flush=True)
+            raise
+
+
 def _line(run: PlannedRun, status: int, seconds: float) -> str:
     summary = run.summary
     if status or summary is None:
-        return f"{run}: failed with status {status} after {duration(seconds)}, see {run.log_path}"
+        return f"{run}: failed with status {status} after {duration(seconds)}: {run.last_words} (see {run.log_path})"
     result = Result(run, summary)
     return f"{run}: {number(result.start)} -> {number(result.score)} in {duration(seconds)}"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dppo.configuration import compose_config
+from dppo.configuration import compose_config, options
 from dppo.output.run_directory import RunDirectory, write_json
+from policies.config import near_misses
 from policies.errors import UserError
+
+OWN = ("task", "seed", "run", "threads", "overwrite")
+"""Settings of `dppo finetune` that differ from run to run."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,20 @@ class ComparisonConfig:
                 raise ValueError(f"{what} must not be empty")
             if len(set(names)) < len(names):
                 raise ValueError(f"{what} holds something twice: {names}")
-        for task in self.task_settings:
-            if task not in self.tasks:
-                raise ValueError(f"task_settings has settings for {task}, which is none of the tasks")
+        for overrides in (self.settings, *self.task_settings.values(), *self.methods.values()):
+            check_overrides(overrides)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse those that a comparison chooses itself.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        if key in OWN:
+            raise UserError(f"{override}: a comparison chooses {key} of each run itself")
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,12 @@ class PlannedRun:
         return self.path.with_suffix(".log")
 
     @property
+    def last_words(self) -> str:
+        """The last line that it printed."""
+        lines = self.log_path.read_text(errors="replace").split("\n") if self.log_path.is_file() else []
+        return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+
+    @property
     def _note(self) -> Path:
         """What it was asked for; beside the directory, which is the run's own."""
         return self.path.with_suffix(".json")
@@ -81,21 +103,19 @@ class PlannedRun:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._note, {"overrides": list(self.overrides)})
 
-    def check_settings(self) -> None:
-        """Refuse a finished run that was asked for something else.
-
-        Raises:
-            UserError: naming it, and the difference.
-        """
+    @property
+    def other_settings(self) -> str | None:
+        """How a finished run that was asked for something else differs from this one; None: not at all."""
         if self.summary is None or not self._note.is_file():
-            return
+            return None
         earlier = json.loads(self._note.read_text())["overrides"]
-        if tuple(earlier) != self.overrides:
-            gone, new = set(earlier) - set(self.overrides), set(self.overrides) - set(earlier)
-            difference = f"{' '.join(sorted(gone)) or 'nothing'} then, {' '.join(sorted(new)) or 'nothing'} now"
-            raise UserError(
-                f"{self.path} was finished with other settings ({difference}); remove it, or choose another output=..."
-            )
+        if tuple(earlier) == self.overrides:
+            return None
+        gone = [override for override in earlier if override not in self.overrides]
+        new = [override for override in self.overrides if override not in earlier]
+        if not gone and not new:  # the same in another order, and later ones win
+            gone, new = earlier, list(self.overrides)
+        return f"{' '.join(gone) or 'nothing'} then, {' '.join(new) or 'nothing'} now"
 
 
 def plan(
@@ -112,18 +132,36 @@ def plan(
     Raises:
         UserError: settings of a run that cannot be composed, or a finished run with other ones.
     """
+    known = options("task", extra)
+    for task in config.task_settings:
+        if task not in known:
+            raise UserError(f"task_settings: unknown task {task!r}{near_misses(task, known)}")
+    check_overrides(overrides)
     runs = []
     for seed in config.seeds:
         for task in config.tasks:
             for method, own in config.methods.items():
                 theirs = (*config.settings, *config.task_settings.get(task, ()), *own, *overrides)
-                path = output / "runs" / method / task / f"seed{seed}"
+                path = output / "runs" / _folder(method) / task / f"seed{seed}"
                 runs.append(PlannedRun(method, task, seed, (f"task={task}", *theirs, f"seed={seed}"), path))
+    if len({run.path for run in runs}) < len(runs):
+        raise UserError(f"these methods would share a folder: {', '.join(config.methods)}")
     for run in runs:
         if run.seed == config.seeds[0]:
             _check(run, extra)
-        run.check_settings()
+    others = {run: difference for run in runs if (difference := run.other_settings) is not None}
+    if others:
+        run, difference = next(iter(others.items()))
+        raise UserError(
+            f"{len(others)} runs were finished with other settings, the first of them {run.path} ({difference}); "
+            f"remove them, or choose another output=..."
+        )
     return runs
+
+
+def _folder(method: str) -> str:
+    """A name that file systems and shells take."""
+    return re.sub(r"[^\w.+-]+", "-", method).strip(".-") or "method"
 
 
 def _check(run: PlannedRun, extra: Path | None) -> Mapping[str, Any]:

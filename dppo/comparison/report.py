@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from dppo.comparison.plan import PlannedRun
 from dppo.comparison.results import Table
 from dppo.comparison.statistics import Estimate, curve_ci95, improvement_ci95, iqm_ci95
 from dppo.output.plots import Curve, comparison_curves
 from dppo.output.report import duration, number
-from dppo.output.run_directory import provenance, write_text
+from dppo.output.run_directory import write_text
 
 METHOD = """\
 Score: the mean return of a run's last evaluation, without exploration noise, in environments with seeds of their own.
@@ -23,11 +24,12 @@ IQM: the mean of the middle half of the scores. Intervals: 95 %, percentiles of 
 task (Agarwal et al. 2021). Learning curves: returns while training, with exploration noise."""
 
 
-def write_report(table: Table, *, name: str, command: str, output: Path) -> Path:
+def write_report(table: Table, missing: Sequence[PlannedRun] = (), *, name: str, command: str, output: Path) -> Path:
     """Write report.md, learning_curves.png, scores.csv and curves.csv; the path of the first.
 
     Args:
         table: at least one result of every task.
+        missing: runs that belong to it and are not finished.
         name: of the comparison.
         command: that makes this report again.
         output: the directory.
@@ -36,16 +38,21 @@ def write_report(table: Table, *, name: str, command: str, output: Path) -> Path
     comparison_curves(curves, output / "learning_curves.png", title=name)
     _write_csv(output / "scores.csv", _score_rows(table))
     _write_csv(output / "curves.csv", _curve_rows(curves))
-    text = "\n\n".join(_sections(table, name, command)) + "\n"
+    text = "\n\n".join(_sections(table, missing, name, command)) + "\n"
     write_text(output / "report.md", text)
     return output / "report.md"
 
 
-def _sections(table: Table, name: str, command: str) -> Iterable[str]:
+def _sections(table: Table, missing: Sequence[PlannedRun], name: str, command: str) -> Iterable[str]:
     yield f"# {name}"
     yield f"    {command}"
     yield _origin(table)
+    if missing:
+        yield f"Not finished: {'; '.join(map(str, missing))}."
     yield METHOD
+    yield "## Methods"
+    yield "Overrides of `dppo finetune`; those for all runs, or of a task, are in the comparison's configuration."
+    yield _markdown(["method", "overrides"], [[name, f"`{' '.join(own)}`"] for name, own in table.methods.items()])
     yield "## Scores"
     cells = [pair for pair in product(table.tasks, table.methods) if table.of(*pair)]
     yield _markdown(
@@ -55,7 +62,7 @@ def _sections(table: Table, name: str, command: str) -> Iterable[str]:
     methods = [method for method in table.methods if table.complete(method)]
     if len(table.tasks) > 1:
         yield "## Over all tasks"
-        yield "Scores are normalised: 0 is the mean before training, 1 the best run of any method."
+        yield "Scores are normalised: 0 is the mean before training, 1 (or -1) the run of any method farthest from it."
         yield _markdown(
             ["method", "IQM of normalised scores"],
             [[method, _interval(iqm_ci95(table.normalized(method)), "{:.2f}".format)] for method in methods],
@@ -80,12 +87,17 @@ def _improvement(table: Table, ours: str, theirs: str) -> Estimate:
 
 
 def _origin(table: Table) -> str:
-    facts = provenance()
-    machine, packages = facts["machine"], facts["packages"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
-    seeds = sorted({one.run.seed for one in table.results})
-    where = f"{machine['cpu']}, {machine['cores']} cores; revision {str(facts['git']['revision'])[:7]}; {versions}"
-    return f"{len(table.results)} runs, seeds {', '.join(map(str, seeds))}. Written {facts['started']} on {where}."
+    """When, where and with what the runs were made; several answers where they differ."""
+    facts = [one.provenance for one in table.results]
+    started = sorted(fact["started"][:10] for fact in facts)
+    machines = {f"{fact['machine']['cpu']}, {fact['machine']['cores']} cores" for fact in facts}
+    revisions = {str(fact["git"]["revision"])[:7] + ("+" if fact["git"]["dirty"] else "") for fact in facts}
+    names = ("torch", "gymnasium", "mujoco", "numpy")
+    versions = {", ".join(f"{name} {fact['packages'][name]}" for name in names) for fact in facts}
+    seeds = ", ".join(map(str, sorted({one.run.seed for one in table.results})))
+    days = " to ".join(dict.fromkeys((started[0], started[-1])))
+    where, revision, libraries = (" and ".join(sorted(those)) for those in (machines, revisions, versions))
+    return f"{len(table.results)} runs, seeds {seeds}, {days}, on {where}; revision {revision}; {libraries}."
 
 
 def _score_cells(table: Table, task: str, method: str) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from dppo.comparison.plan import PlannedRun
 from dppo.output.metrics import read_metrics
@@ -33,6 +34,13 @@ class Result:
         return float(self.summary["before"]["return_mean"])
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """When, where and with what it ran, as of `dppo.output.run_directory.provenance`."""
+        content = OmegaConf.to_container(OmegaConf.load(self.run.directory.config_path))
+        assert isinstance(content, dict)
+        return content["provenance"]
+
+    @property
     def success(self) -> float | None:
         """Success rate of the last evaluation, where the task has such a notion."""
         return self.summary["after"]["success_rate"]
@@ -40,9 +48,15 @@ class Result:
     def curve(self, edges: np.ndarray) -> np.ndarray:
         """Mean training return [X] between each two edges [X + 1], in environment steps.
 
-        Where no episode ended, the one before.
+        Where no episode ended, the one before; before the first one, the first.
         """
-        rows = [row for row in read_metrics(self.run.directory.metrics_path) if row.get("return_mean") is not None]
+        rows = [
+            row
+            for row in read_metrics(self.run.directory.metrics_path)
+            if row.get("return_mean") is not None and row["env_steps"] <= edges[-1]
+        ]
+        if not rows:
+            return np.full(len(edges) - 1, self.start)
         steps = np.array([row["env_steps"] for row in rows], dtype=float)
         returns = np.array([row["return_mean"] for row in rows], dtype=float)
         bins = np.clip(np.searchsorted(edges, steps, side="left") - 1, 0, len(edges) - 2)
@@ -50,7 +64,7 @@ class Result:
         sums = np.bincount(bins, weights=returns, minlength=len(edges) - 1)
         means = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
         last = np.maximum.accumulate(np.where(counts > 0, np.arange(len(means)), -1))
-        return np.where(last >= 0, means[last], self.start)
+        return means[np.maximum(last, np.flatnonzero(counts)[0])]
 
 
 def finished(runs: Sequence[PlannedRun]) -> list[Result]:
@@ -65,7 +79,8 @@ class Table:
 
     results: list[Result]
     tasks: list[str]
-    methods: list[str]
+    methods: Mapping[str, Sequence[str]]
+    """Their overrides by name."""
 
     def of(self, task: str, method: str) -> list[Result]:
         """Of one cell."""
@@ -80,18 +95,16 @@ class Table:
         return all(self.of(task, method) for task in self.tasks)
 
     def normalized(self, method: str) -> list[np.ndarray]:
-        """Scores [R] by task, where 0 is the mean before training and 1 the best run of any method."""
-        return [
-            (self.scores(task, method) - self.start(task)) / (self._best(task) - self.start(task) or 1.0)
-            for task in self.tasks
-        ]
+        """Scores [R] by task: 0 is the mean before training, 1 or -1 the run of any method that is farthest from it."""
+        return [(self.scores(task, method) - self.start(task)) / self._scale(task) for task in self.tasks]
 
     def start(self, task: str) -> float:
         """Mean return before training, over all runs."""
         return float(np.mean([one.start for one in self.results if one.run.task == task]))
 
-    def _best(self, task: str) -> float:
-        return max(one.score for one in self.results if one.run.task == task)
+    def _scale(self, task: str) -> float:
+        start = self.start(task)
+        return max(abs(one.score - start) for one in self.results if one.run.task == task) or 1.0
 
     def edges(self, task: str) -> np.ndarray:
         """[POINTS + 1] environment steps from 0 to what every run reached."""

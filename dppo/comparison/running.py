@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dppo.comparison.plan import PlannedRun
+from policies.errors import UserError
 
 PATIENCE_S = 60.0
 """How long an interrupted run may take to save what it learned."""
 POLL_S = 0.2
+
+
+@contextmanager
+def only_one(output: Path) -> Iterator[None]:
+    """Keep other comparisons out of a directory.
+
+    Raises:
+        UserError: there is one at work in it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another `dppo compare` is at work in {output}; choose another output=...") from error
+        yield
 
 
 def run_all(
@@ -55,10 +74,14 @@ def run_all(
 def _start(run: PlannedRun, threads: int, extra: Path | None) -> subprocess.Popen[bytes]:
     run.note_settings()
     where = [] if extra is None else ["--config-dir", str(extra)]
-    how = [f"run={run.path}", "overwrite=true", f"threads={threads}"]
+    path = str(run.path).replace("\\", "\\\\").replace("'", "\\'")
+    how = [f"run='{path}'", "overwrite=true", f"threads={threads}"]
     with run.log_path.open("wb") as log:
         command = [sys.executable, "-m", "dppo.cli", "finetune", *where, *run.overrides, *how]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        # In a session of its own: Ctrl-C is for the comparison, which then asks its runs to end, once.
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

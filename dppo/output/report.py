@@ -58,6 +58,8 @@ COLUMNS = {
     "eval_return_mean": ("eval ret", number),
     "eval_success_rate": ("eval suc", percent),
     "approx_kl": ("KL", small),
+    "kl": ("KL", small),
+    "step_failed": ("failed", lambda failed: "yes" if failed else "no"),
     "clip_fraction": ("clipped", percent),
     "train_loss": ("loss", small),
     "validation_loss": ("val loss", small),

@@ -57,6 +57,11 @@ class FirstOrderConfig(UpdateConfig):
         if self.log_prob_clamp is not None and not self.log_prob_clamp[0] < self.log_prob_clamp[1]:
             raise ValueError(f"log_prob_clamp must be [low, high], not {list(self.log_prob_clamp)}")
 
+    def check_that_kl_can_be_seen(self) -> None:
+        """Refuse a single step per update: the KL is that before each step, and before the first it is 0."""
+        if self.epochs == 1 and self.batch_size is None:
+            raise ValueError("desired_kl needs more than one step per update: set epochs or batch_size")
+
     def surrogate(self, num_steps: int, device: torch.device) -> Surrogate:
         """What is minimised, for a policy of K = ``num_steps`` inner steps."""
         return LogLikelihood()
@@ -90,6 +95,8 @@ class PPOConfig(FirstOrderConfig):
         self.check_positive("desired_kl")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be above 1, not {self.dual_clip}")
+        if self.desired_kl is not None:
+            self.check_that_kl_can_be_seen()
 
     def surrogate(self, num_steps: int, device: torch.device) -> Surrogate:
         base = self.clip if self.clip_base is None else self.clip_base
@@ -115,6 +122,7 @@ class PPOKLConfig(FirstOrderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("kl_penalty", "desired_kl")
+        self.check_that_kl_can_be_seen()
 
     def surrogate(self, num_steps: int, device: torch.device) -> Surrogate:
         return PenalisedRatio(self.kl_penalty, self.desired_kl, device)
@@ -150,7 +158,7 @@ class FirstOrder:
             trained,
             self.rows,
             prepare=_with_normalized_advantages if config.normalize_advantages else as_it_is,
-            allow=None if limit is None else lambda rows: approximate_kl(rows[1]) <= limit,
+            allow=None if limit is None else lambda rows: ~(approximate_kl(rows[1]) > limit),  # NaN is found later
         )
         self._step = make_step(self.objective, self.optimizer, compile=config.compile)
         names = (*self.surrogate.known, "policy_loss", "value_loss") if self.shared else self.surrogate.known
@@ -172,7 +180,9 @@ class FirstOrder:
         advantages = pairs.advantages * self.discount[pairs.step]
         losses, *known = self.surrogate.rows(log_ratios, advantages, pairs.step)
         if self.config.entropy_coefficient > 0:
-            losses = losses - self.config.entropy_coefficient * entropy_terms(law, factors, log_ratios)
+            losses = losses - self.config.entropy_coefficient * entropy_terms(
+                law, factors, log_ratios, self.policy.config.executed
+            )
         if self.shared is not None:
             assert isinstance(pairs, JointPairs)
             values = self.shared(self.policy.normalize_obs(pairs.obs))
@@ -203,6 +213,8 @@ class FirstOrder:
         if iteration >= config.critic_warmup_iterations:
             learned, steps = self._epochs(batch, count)
             metrics |= learned
+            if config.epochs * count == 1:
+                metrics["approx_kl"] = None  # it is that before the only step, where nothing has changed yet
         if self.critic_fit is not None:
             metrics |= self.critic_fit.fit(
                 batch, epochs=config.epochs, minibatches_per_epoch=count, learning_rate_factor=factor

@@ -21,7 +21,7 @@ class FlatParameters:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.shapes = [parameter.shape for parameter in self.parameters]
         self.values = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
         """[P]; whoever changes it changes the parameters."""
         for parameter, part in zip(self.parameters, self.split(self.values), strict=True):
@@ -32,8 +32,8 @@ class FlatParameters:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """A tensor [P] as tensors of the parameters' shapes."""
-        parts = flat.split(self.sizes)
-        return [part.view_as(parameter) for parameter, part in zip(self.parameters, parts, strict=True)]
+        parts = flat.split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for shape, part in zip(self.shapes, parts, strict=True)]
 
     def gradient(self, scalar: Tensor, out: Tensor | None = None) -> Tensor:
         """The gradient [P] of a scalar by all parameters, zero for those it does not depend on; in ``out`` if given."""

@@ -26,7 +26,7 @@ from dppo.updates.schedule import schedule_factor
 from policies import Policy, log_prob_factors
 
 METRICS = (
-    *("policy_loss", "improvement", "kl", "kl_last_step", "approx_kl", "backtracks", "step_failed"),
+    *("policy_loss", "improvement", "kl", "kl_last_step", "ratio_kl", "backtracks", "step_failed"),
     *("cg_iterations", "cg_residual", "actor_steps"),
 )
 """That an update has only if the policy learns in it."""
@@ -100,7 +100,7 @@ class Judgement:
     last_kl: float
     """Of the last inner step alone."""
     ratio_kl: float
-    """Estimate of ``kl`` from the ratios."""
+    """Estimate of ``kl`` from the ratios, which are of what was executed."""
 
 
 class NaturalGradient:
@@ -160,7 +160,7 @@ class NaturalGradient:
             "improvement": after.objective - before.objective,
             "kl": after.kl,
             "kl_last_step": after.last_kl,
-            "approx_kl": after.ratio_kl,
+            "ratio_kl": after.ratio_kl,
             "backtracks": max(attempts - 1, 0),
             "step_failed": float(not kept),
             "cg_iterations": solution.iterations,

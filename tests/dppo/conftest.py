@@ -123,6 +123,7 @@ def point_task() -> Task:
 
 KINDS: dict[str, dict[str, Any]] = {
     "gaussian": {"history": 2, "chunk": 3, "executed": 2},
+    "mixture": {"history": 2, "chunk": 3, "components": 2},
     "categorical": {},
     "diffusion": {"history": 2, "chunk": 3, "executed": 2, "denoising_steps": 4, "finetuned_steps": 3},
 }

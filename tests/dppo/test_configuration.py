@@ -71,6 +71,8 @@ def test_the_keys_and_groups_that_were_overridden():
         (["env_steps=5", "env_steps_=5"], "finetune has no setting 'env_steps_' (did you mean env_steps"),
         (["policy=gaussian", "policy.initialstd=3"], "no setting 'policy.initialstd' (did you mean policy.initial_std"),
         (["task=hopper", "task.envid=a"], "finetune has no setting 'task.envid' (did you mean task.env_id"),
+        (["algo=trpo", "algo.clip=0.1"], "finetune has no setting 'algo.clip' here; it belongs to algo=ppo"),
+        (["policy=diffusion", "policy.squash=true"], "no setting 'policy.squash' here; it belongs to policy=gaussian"),
         (["algo=ppo", "algo.gama=1"], "finetune has no setting 'algo.gama' (did you mean algo.gamma"),
         (["tasks=hopper"], "finetune has no setting 'tasks' (did you mean task"),
         (["seed.value=1"], "finetune has no setting 'seed.value'"),
@@ -86,7 +88,7 @@ def test_an_unknown_setting_is_named_with_its_near_misses(overrides, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task=hoper", "unknown task 'hoper' (did you mean hopper?); there are: cartpole, halfcheetah, hopper"),
+        ("task=hoper", "unknown task 'hoper' (did you mean hopper?); there are: acrobot, cartpole, halfcheetah"),
         ("policy=gausian", "unknown policy 'gausian' (did you mean gaussian"),
         ("algo=xyzzy", "unknown algo 'xyzzy'; there are: a2c, npg, ppo, ppo_kl, trpo, vpg"),
         ("experiment=demmo", "unknown experiment 'demmo' (did you mean demo?)"),

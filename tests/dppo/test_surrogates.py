@@ -4,9 +4,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributions import Normal, kl_divergence
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
-from dppo.surrogates import approximate_kl, clip_ranges, clipped_loss, log_ratio, value_losses
+from dppo.surrogates import (
+    approximate_kl,
+    clip_ranges,
+    clipped_loss,
+    entropy_terms,
+    kl_terms,
+    log_ratio,
+    value_losses,
+)
 
 CLIP_TABLE = [
     # advantage, ratio, objective at clip 0.2, whether its gradient vanishes
@@ -31,6 +40,18 @@ def test_the_clipped_objective_by_hand(advantage, ratio, objective, flat):
     assert loss.item() == pytest.approx(-objective, abs=1e-6)
     (gradient,) = torch.autograd.grad(loss, log_ratios)
     assert gradient.item() == pytest.approx(0 if flat else -advantage * ratio, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "objective", "flat"),
+    [(-2.0, 2.5, -5.0, False), (-2.0, 4.0, -6.0, True), (-2.0, 0.25, -1.6, True), (2.0, 9.0, 2.4, True)],
+)
+def test_a_dual_clip_bounds_what_a_negative_advantage_can_cost(advantage, ratio, objective, flat):
+    log_ratios = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss = clipped_loss(log_ratios, torch.tensor([advantage]), torch.tensor([0.2]), dual_clip=3.0)
+    assert loss.item() == pytest.approx(-objective, abs=1e-5)
+    (gradient,) = torch.autograd.grad(loss, log_ratios)
+    assert gradient.item() == pytest.approx(0 if flat else -advantage * ratio, abs=1e-5)
 
 
 def test_each_sample_has_its_own_clip_range():
@@ -91,6 +112,12 @@ def test_the_kl_estimate_is_never_negative(log_ratios):
     assert float(approximate_kl(torch.tensor(log_ratios))) >= -1e-7
 
 
+def test_the_kl_estimate_never_pushes_a_ratio_beyond_all_bounds_further_up():
+    log_ratios = torch.tensor([200.0, 1.0], requires_grad=True)
+    gradient = torch.autograd.grad(kl_terms(log_ratios).sum(), log_ratios)[0]
+    assert gradient.tolist() == [0.0, pytest.approx(math.e - 1)]
+
+
 def test_the_kl_estimate_is_near_the_true_kl_of_two_close_gaussians():
     old, new = Normal(0.0, 1.0), Normal(0.1, 1.1)
     torch.manual_seed(0)
@@ -113,3 +140,40 @@ def test_a_clipped_value_loss_takes_the_worse_of_both_errors():
     assert losses.tolist() == pytest.approx([0.5 * 1.5**2, 0.5 * 2**2, 0.5 * 1**2])
     losses.sum().backward()
     torch.testing.assert_close(values.grad, torch.tensor([0.0, -2.0, 1.0]))
+
+
+def entropy_and_slope(law_of: object, parameter: Tensor, samples: int) -> tuple[float, float]:
+    law = law_of(parameter)
+    value = law_of(parameter.detach()).sample((samples,))
+    log_prob = law.log_prob(value)
+    mean = entropy_terms(law, log_prob, log_prob - log_prob.detach()).mean()
+    (slope,) = torch.autograd.grad(mean, parameter)
+    return mean.item(), slope.item()
+
+
+def test_the_entropy_of_a_law_without_a_closed_form_and_its_gradient_are_estimated_without_bias():
+    """A mixture whose parts are the same is one Gaussian: H = log sigma + const, with slope 1 by log sigma."""
+    torch.manual_seed(0)
+
+    def mixture(log_std: Tensor) -> MixtureSameFamily:
+        parts = Independent(Normal(torch.zeros(2, 1), log_std.exp().expand(2, 1)), 1)
+        return MixtureSameFamily(Categorical(logits=torch.zeros(2)), parts)
+
+    log_std = torch.tensor(-0.5, requires_grad=True)
+    entropy, slope = entropy_and_slope(mixture, log_std, 200_000)
+    assert entropy == pytest.approx(0.5 + 0.5 * math.log(2 * math.pi) - 0.5, abs=0.01)
+    assert slope == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_closed_entropy_is_taken_where_there_is_one():
+    law = Independent(Normal(torch.zeros(4, 3), 2.0), 1)
+    terms = entropy_terms(law, torch.full((4, 3), torch.nan), torch.zeros(4))
+    torch.testing.assert_close(terms, law.entropy())
+
+
+def test_the_entropy_of_actions_that_are_not_executed_is_left_out():
+    scale = torch.tensor([1.0, 2.0, 9.0])[:, None].expand(4, 3, 2)
+    law = Independent(Normal(torch.zeros(4, 3, 2), scale), 2)
+    terms = entropy_terms(law, torch.zeros(4, 3, 2), torch.zeros(4), executed=2)
+    expected = 2 * (Normal(0.0, 1.0).entropy() + Normal(0.0, 2.0).entropy())
+    torch.testing.assert_close(terms, expected.expand(4))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from policies import CategoricalPolicy
+from policies import CategoricalPolicy, log_prob_factors
 from policies.categorical import CategoricalConfig
 
 STEP = torch.zeros(1, dtype=torch.int64)
@@ -165,3 +165,13 @@ def test_each_dimension_has_its_part_of_a_mask() -> None:
     obs = masked_obs(2000, [0, 1, 1, 1, 1, 0])
     action = policy.sample(obs, generator=torch.Generator().manual_seed(0)).action
     assert [set(column.tolist()) for column in action.T] == [{1, 2}, {0}, {0}]
+
+
+def test_a_dimension_without_any_valid_action_still_takes_one_that_it_has() -> None:
+    policy = several(obs_dim=8, masked=True)
+    obs = masked_obs(3000, [1, 1, 1, 1, 0, 0])
+    sample = policy.sample(obs, generator=torch.Generator().manual_seed(0))
+    assert sample.action.amax(0).tolist() == [2, 0, 1]
+    everything = torch.cat([obs[..., :2], torch.ones(3000, 1, 6)], dim=2)
+    free = policy.transition(everything, sample.chain[:, 0], STEP.expand(3000))
+    torch.testing.assert_close(sample.log_prob_factors[:, 0], log_prob_factors(free, sample.action))

@@ -74,8 +74,9 @@ def test_imitation_finds_two_answers_to_one_observation() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"components": 0}, {"min_std": 0.0}, {"min_std": 2.0}, {"chunk": 3, "executed": 2}]
+    "settings",
+    [{"components": 0}, {"min_std": 0.0}, {"min_std": 2.0}, {"initial_spread": -1.0}, {"chunk": 3, "executed": 2}],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"components|min_std|executed"):
+    with pytest.raises(ValueError, match=r"components|min_std|executed|initial_spread"):
         mixture(**settings)

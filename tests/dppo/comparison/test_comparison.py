@@ -36,6 +36,13 @@ def finish(run: PlannedRun, score: float, *, before: float = 10.0, steps: int = 
     run.directory.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ends = {key: {"return_mean": value, "success_rate": None} for key, value in (("before", before), ("after", score))}
     run.directory.summary_path.write_text(json.dumps({"env_steps": steps, "wall_clock_s": 60.0, **ends}))
+    provenance = {
+        "started": f"2030-01-0{1 + run.seed}T10:00",
+        "git": {"revision": "abcdef0123", "dirty": False},
+        "machine": {"cpu": "a processor", "cores": 4},
+        "packages": dict.fromkeys(("torch", "gymnasium", "mujoco", "numpy"), "1.0"),
+    }
+    run.directory.config_path.write_text(json.dumps({"provenance": provenance}))
 
 
 # --- the plan
@@ -62,7 +69,9 @@ def test_the_users_own_settings_win_over_a_methods_over_a_tasks_over_those_for_a
         ({"tasks": []}, "tasks must not be empty"),
         ({"seeds": [1, 1]}, "seeds holds something twice"),
         ({"methods": {}}, "methods must not be empty"),
-        ({"task_settings": {"maze": []}}, "none of the tasks"),
+        ({"task_settings": {"hoper": []}}, r"unknown task 'hoper' \(did you mean hopper\?\)"),
+        ({"settings": ["seed=3"]}, "seed=3: a comparison chooses seed of each run itself"),
+        ({"methods": {"odd": ["task=maze"]}}, "task=maze: a comparison chooses task"),
     ],
 )
 def test_a_comparison_that_cannot_work_is_refused_before_anything_runs(tmp_path, changes, message):
@@ -75,8 +84,20 @@ def test_a_finished_run_with_other_settings_is_refused_and_one_with_the_same_is_
     for run in plan(config(), tmp_path):
         finish(run, 100.0)
     assert all(run.summary for run in plan(config(), tmp_path))
-    with pytest.raises(UserError, match=r"finished with other settings \(nothing then, env_steps=5 now\); remove it"):
+    with pytest.raises(UserError, match=r"^8 runs were .* other settings.* \(nothing then, env_steps=5 now\)"):
         plan(config(settings=["env_steps=5"]), tmp_path)
+
+
+def test_the_users_own_settings_are_checked_like_the_comparisons(tmp_path):
+    with pytest.raises(UserError, match="run=here: a comparison chooses run"):
+        plan(config(), tmp_path, ["run=here"])
+
+
+def test_settings_in_another_order_are_other_settings_and_both_are_named(tmp_path):
+    for run in plan(config(settings=["env_steps=1", "env_steps=2"]), tmp_path):
+        finish(run, 100.0)
+    with pytest.raises(UserError, match=r"task=cartpole env_steps=1 env_steps=2 .* then, .* env_steps=2 env_steps=1 "):
+        plan(config(settings=["env_steps=2", "env_steps=1"]), tmp_path)
 
 
 def test_a_run_that_did_not_end_is_not_finished(tmp_path):
@@ -147,7 +168,7 @@ def reported(tmp_path: Path) -> str:
     runs = plan(config(), tmp_path)
     for run in runs:
         finish(run, {"good": 200.0, "bad": 50.0}[run.method] + 10 * run.seed + 1000 * (run.task == "hopper"))
-    table = Table(finished(runs), ["cartpole", "hopper"], ["good", "bad"])
+    table = Table(finished(runs), ["cartpole", "hopper"], METHODS)
     return write_report(table, name="trial", command="dppo compare x", output=tmp_path).read_text()
 
 
@@ -158,16 +179,25 @@ def test_the_report_has_the_scores_the_probabilities_and_the_picture(tmp_path):
     assert "| good | bad | 1.00 [1.00, 1.00] |" in text
     assert "| bad | good | 0.00 [0.00, 0.00] |" in text
     assert "    dppo compare x" in text
-    assert "8 runs, seeds 0, 1." in text
+    assert "| bad | `algo=trpo algo.max_kl=1e-9` |" in text
+    assert "8 runs, seeds 0, 1, 2030-01-01 to 2030-01-02, on a processor, 4 cores; revision abcdef0; torch 1.0" in text
     assert (tmp_path / "learning_curves.png").stat().st_size > 10_000
 
 
 def test_normalised_scores_are_zero_before_training_and_one_for_the_best_run(tmp_path):
     reported(tmp_path)
-    table = Table(finished(plan(config(), tmp_path)), ["cartpole", "hopper"], ["good", "bad"])
+    table = Table(finished(plan(config(), tmp_path)), ["cartpole", "hopper"], METHODS)
     cartpole, hopper = table.normalized("good")
     np.testing.assert_allclose(cartpole, [190 / 200, 1.0])
     np.testing.assert_allclose(hopper, [1190 / 1200, 1.0])
+
+
+def test_of_two_methods_that_only_harm_the_one_that_harms_more_has_the_lower_normalised_score(tmp_path):
+    runs = plan(config(tasks=["hopper"], seeds=[0]), tmp_path)
+    for run in runs:
+        finish(run, {"good": 90.0, "bad": 50.0}[run.method], before=100.0)
+    table = Table(finished(runs), ["hopper"], METHODS)
+    assert [table.normalized(method)[0].tolist() for method in ("good", "bad")] == [[-0.2], [-1.0]]
 
 
 def test_the_tables_hold_every_run_and_every_point(tmp_path):
@@ -187,7 +217,9 @@ def test_a_curve_is_the_mean_of_what_was_measured_since_the_point_before(tmp_pat
     finish(run, 100.0, before=7.0)
     result = Result(run, run.summary or {})
     np.testing.assert_allclose(result.curve(np.array([0.0, 200.0, 400.0, 1000.0])), [15, 35, 75])
-    np.testing.assert_allclose(result.curve(np.array([0.0, 50.0, 150.0, 160.0, 1000.0])), [7, 10, 10, 60])
+    np.testing.assert_allclose(result.curve(np.array([0.0, 50.0, 150.0, 160.0, 1000.0])), [10, 10, 10, 60])
+    np.testing.assert_allclose(result.curve(np.array([0.0, 200.0, 400.0])), [15, 35]), "nothing of what came later"
+    np.testing.assert_allclose(result.curve(np.array([0.0, 50.0])), [7]), "no episode ended yet"
 
 
 # --- the command
@@ -221,3 +253,33 @@ def test_the_command_runs_what_is_missing_and_nothing_again(tmp_path, capsys):
 def test_dashes_mean_something_to_a_comparison_only(capsys):
     assert main(["finetune", "--", "env_steps=3"]) == 2
     assert "`--` means nothing to dppo finetune" in capsys.readouterr().err
+
+
+def test_two_comparisons_do_not_share_a_directory(tmp_path):
+    at_work = pytest.raises(UserError, match="another `dppo compare` is at work in")
+    with running.only_one(tmp_path), at_work, running.only_one(tmp_path):
+        pass
+    with running.only_one(tmp_path):
+        pass
+
+
+def test_a_method_may_have_any_name_and_two_that_would_share_a_folder_are_refused(tmp_path):
+    runs = plan(config(methods={"lr=1e-3 (slow)": ["algo=ppo"], "../up": ["algo=ppo"]}), tmp_path)
+    assert {run.path.relative_to(tmp_path / "runs").parts[0] for run in runs} == {"lr-1e-3-slow", "up"}
+    with pytest.raises(UserError, match="share a folder"):
+        plan(config(methods={"a b": ["algo=ppo"], "a-b": ["algo=ppo"]}), tmp_path)
+
+
+def test_a_file_that_is_not_of_the_whole_configuration_is_named(tmp_path, capsys):
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / "mine.yaml").write_text(json.dumps(settings()))
+    assert main(["compare", "--config-dir", str(tmp_path), "comparison=mine", f"output={tmp_path / 'out'}"]) == 2
+    assert "must begin with the line `# @package _global_`" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named_in_the_report(tmp_path):
+    runs = plan(config(), tmp_path)
+    finish(runs[0], 100.0)
+    table = Table(finished(runs), ["cartpole"], METHODS)
+    text = write_report(table, runs[1:], name="trial", command="x", output=tmp_path).read_text()
+    assert "Not finished: bad, cartpole, seed 0; good, hopper, seed 0;" in text

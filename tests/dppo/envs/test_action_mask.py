@@ -8,6 +8,7 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
 from dppo.building import build_policy, build_task, scratch_policy
+from dppo.cli import main
 from dppo.configuration import compose_config
 from dppo.envs.vector import make_env, make_vector_env, space_dims
 from dppo.task import Task
@@ -22,6 +23,7 @@ class Choosing(gymnasium.Env):
     """Only the actions whose numbers have the parity of the step are valid; the reward is 1 for a valid one."""
 
     def __init__(self, actions: str, where: str | None) -> None:
+        self.actions = actions
         self.action_space = SPACES[actions]
         self.where = where
         self.size = {"discrete": 3, "several": 5, "binary": 8}[actions]
@@ -41,6 +43,12 @@ class Choosing(gymnasium.Env):
         last = self.steps == 5
         return obs, {"action_mask": self._mask()} if self.where == "info" and not last else {}
 
+    def _chosen(self, action: Any) -> np.ndarray:
+        """The mask's entries for an action, of each dimension."""
+        counts = {"discrete": [3], "several": [3, 2], "binary": [2] * 4}[self.actions]
+        starts = np.cumsum([0, *counts[:-1]])
+        return self._mask()[starts + np.asarray(action).ravel()]
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         super().reset(seed=seed)
         self.steps = 0
@@ -48,7 +56,7 @@ class Choosing(gymnasium.Env):
 
     def step(self, action: Any) -> Any:
         assert self.action_space.contains(action), action
-        reward = float(self._mask()[action]) if isinstance(self.action_space, Discrete) else 0.0
+        reward = float(self._chosen(action).all())
         self.steps += 1
         obs, info = self._answer()
         return obs, reward, self.steps == 5, False, info
@@ -112,9 +120,24 @@ def test_a_policy_acts_and_learns_in_every_kind_of_discrete_space(actions, num_e
     trainer = Trainer(policy, masked, TrainerConfig(100, num_envs, 10), PPOConfig(epochs=1), config["critic"])
     row = trainer.iterate()
     assert row["episodes"] == 2 * num_envs
-    if actions == "discrete":
-        assert row["return_mean"] == 5, "every action was valid"
+    assert row["return_mean"] == 5, "every action was valid"
+    assert row["policy_loss"] is not None
     trainer.close()
+
+
+@pytest.mark.parametrize("command", ["collect", "pretrain"])
+def test_demonstrations_with_a_mask_are_refused_before_any_work(command, tmp_path, monkeypatch, capsys):
+    """Datasets hold plain observations: what a policy would learn from them is in another order."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "choosing.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /policy: categorical\ntask:\n  name: choosing\n"
+        "  env_id: Choosing-v0\n  env_kwargs: {actions: several, where: info}\n  action_mask: info\n"
+        "  dataset: me/choosing/x-v0\n"
+    )
+    assert main([command, "--config-dir", str(tmp_path), "task=choosing", f"run={tmp_path / 'run'}"]) == 2
+    assert "there are no demonstrations; use checkpoint=scratch" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_policy_for_other_choices_does_not_fit():

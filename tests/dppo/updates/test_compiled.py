@@ -1,7 +1,7 @@
 """The compiled step against the one that is not.
 
 Most tests trace the step and then run it operation by operation: that takes no C++ compiler, and little time. One of
-`test_ppo` compiles in earnest.
+`test_first_order` compiles in earnest.
 """
 
 import functools
@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.compiled import CompiledStep
+from dppo.updates.first_order import PPOKLConfig
 from dppo.updates.gradient import GradientStep
 from dppo.updates.objective import Objective, Rows, as_it_is
 from dppo.updates.optimizer import FlatAdamW
@@ -150,3 +152,24 @@ def test_the_threads_are_given_back():
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mixture", "categorical", "diffusion"])
+def test_what_changes_between_updates_is_not_compiled_in(small_policy, task_of, kind):
+    """Statistics of observations, the coefficient of the KL penalty, learning rates, sizes of minibatches."""
+    found = []
+    for compile in (False, True):
+        config = PPOKLConfig(
+            epochs=2, batch_size=7, learning_rate=3e-3, schedule="linear", entropy_coefficient=0.01, compile=compile
+        )
+        policy = small_policy(kind, observation_scaling="running")
+        size = TrainerConfig(env_steps=300, num_envs=4, rollout_steps=8)
+        trainer = Trainer(policy, task_of(kind), size, config, {"type": "mlp", "hidden_dims": [8]})
+        rows = [trainer.iterate() for _ in range(3)]
+        found.append((policy.state_dict(), [(row["kl_penalty"], row["approx_kl"]) for row in rows]))
+        trainer.close()
+    (eager, metrics), (compiled, same) = found
+    assert len({penalty for penalty, _ in metrics}) > 1
+    assert same == [(penalty, pytest.approx(kl, rel=1e-2, abs=1e-5)) for penalty, kl in metrics]
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)

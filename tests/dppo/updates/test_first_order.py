@@ -431,11 +431,14 @@ def test_compiling_without_a_compiler_is_refused(make_trainer, monkeypatch):
         make_trainer("gaussian", compile=True)
 
 
-@pytest.mark.parametrize(("field", "what"), [("advantages", "policy"), ("returns", "critic")])
-def test_a_loss_that_is_not_finite_is_an_error_and_destroys_no_parameters(make_trainer, field, what):
-    trainer = make_trainer("gaussian", batch_size=8)
+@pytest.mark.parametrize("target_kl", [None, 0.1])
+@pytest.mark.parametrize(
+    ("field", "what"), [("advantages", "policy"), ("returns", "critic"), ("log_prob_factors", "policy")]
+)
+def test_a_loss_that_is_not_finite_is_an_error_and_destroys_no_parameters(make_trainer, field, what, target_kl):
+    trainer = make_trainer("gaussian", batch_size=8, target_kl=target_kl)
     batch = rollout_batch(trainer)
-    broken = Batch(**{**vars(batch), field: torch.full_like(batch.returns, torch.nan)})
+    broken = Batch(**{**vars(batch), field: torch.full_like(getattr(batch, field), torch.nan)})
     critic = weights(trainer.critic)
     with pytest.raises(UserError, match=f"^the {what} network's loss became nan; lower the learning rate"):
         trainer.update_rule.update(broken, progress=0.0, iteration=0)
@@ -563,6 +566,7 @@ def test_the_penalty_of_ppo_kl_grows_when_the_policy_runs_away(small_policy, poi
     [
         ({"dual_clip": 1.0}, "dual_clip must be above 1"),
         ({"desired_kl": 0.0}, "desired_kl must be positive"),
+        ({"desired_kl": 0.1, "epochs": 1, "batch_size": None}, "desired_kl needs more than one step per update"),
         ({"critic_epochs": 0}, "critic_epochs must be at least 1"),
         ({"entropy_coefficient": -0.1}, "entropy_coefficient must not be negative"),
     ],
