@@ -17,11 +17,11 @@ import torch
 from dppo.building import build_task, build_update_rule, scratch_policy
 from dppo.commands.finetune import trainer_config
 from dppo.configuration import compose_config
-from dppo.critic import Critic
 from dppo.output.metrics import Row
 from dppo.trainer import Trainer
 from dppo.updates.first_order import PPOConfig
 from policies.chain import DiffusionPolicy
+from policies.networks.mlp import MLP
 from throughput.flops import DenoiserFlops, chain_flops, forward_flops, training_flops
 from throughput.limits import SHAPES, ProductLimit, SimulationLimit
 from throughput.options import Options, medians, say
@@ -95,8 +95,8 @@ def useful_flops(trainer: Trainer, row: Row) -> dict[str, float]:
     pairs = rows * policy.num_steps
     minibatches = math.ceil(pairs / config.batch_size)
     actor_passes = float(row["actor_steps"] or 0) / minibatches  # fewer than epochs where the target KL ended them
-    assert isinstance(trainer.critic, Critic)
     critic = trainer.critic.network
+    assert isinstance(critic, MLP)
     actor = DenoiserFlops.of(policy.network)
     return {
         "sampling": rows * chain_flops(policy),
