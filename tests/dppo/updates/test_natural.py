@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from dppo.advantages import inner_discount, normalized
+from dppo.critic import Critic
 from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
@@ -270,4 +271,20 @@ def test_the_kl_of_the_chain_bounds_that_of_the_actions():
         for step in range(2):
             law_old, law_new = (policy.transition(obs, grid, torch.full((len(grid),), step)) for policy in (old, new))
             of_chain += float((densities[step] * kl_divergence(law_old, law_new)).sum())
-    assert 0.001 < of_actions <= of_chain
+        assert 0.001 < of_actions <= of_chain
+
+        # And it is the chain's that the rule measures, from samples of the old policy.
+        chain = [torch.randn(20_000, 1, 1, dtype=torch.float64)]
+        factors = []
+        for step in range(2):
+            law = old.transition(chain[0].new_zeros(20_000, 1, 1), chain[-1], torch.full((20_000,), step))
+            chain.append(law.sample())
+            factors.append(log_prob_factors(law, chain[-1]))
+        nothing = torch.zeros(20_000, dtype=torch.float64)
+        rows = torch.zeros(20_000, 1, 1, dtype=torch.float64), torch.stack(chain, 1), torch.stack(factors, 1)
+        batch = Batch(*rows, nothing, nothing, nothing)
+        rule = NaturalGradient(NaturalConfig(), old, Critic(CRITIC, 1, 1), torch.Generator())
+        laws: list[Any] = []
+        assert rule._judge(batch, laws).kl == 0
+        old.load_state_dict(new.state_dict())
+        assert rule._judge(batch, laws).kl == pytest.approx(of_chain, rel=0.05)
