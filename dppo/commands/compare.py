@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from dppo.comparison.results import Result, Table, finished
 from dppo.comparison.running import only_one, run_all
 from dppo.output.report import bar, duration, number
 from dppo.output.run_directory import command_line
+from dppo.processors import usable_processors
 from policies.config import config_from_dict
 from policies.errors import UserError
 
@@ -39,7 +39,7 @@ def run(
     names = [field.name for field in dataclasses.fields(ComparisonConfig)]
     comparison = config_from_dict(ComparisonConfig, {name: config[name] for name in names if name in config}, "compare")
     output = COMPARISONS / comparison.name if config["output"] is None else Path(str(config["output"])).expanduser()
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processors = usable_processors()
     processes = processors if config["processes"] is None else config["processes"]
     if not isinstance(processes, int) or processes < 1:
         raise UserError(f"processes must be a positive number, or null for one per processor, not {processes!r}")

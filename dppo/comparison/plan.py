@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,8 @@ def _folder(method: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", method).strip(".-") or "method"
 
 
-def _check(run: PlannedRun, extra: Path | None) -> Mapping[str, Any]:
+def _check(run: PlannedRun, extra: Path | None) -> None:
     try:
-        return compose_config("finetune", run.overrides, extra)
+        compose_config("finetune", run.overrides, extra)
     except UserError as error:
         raise UserError(f"{run.method} on {run.task}: {error}") from error

@@ -4,7 +4,6 @@ To history, Ta executed chunk, Da action dimension, Do observation dimension.
 """
 
 import logging
-import os
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from dppo.envs.chunk import ChunkEnv
 from dppo.envs.native.registry import rules_of
 from dppo.envs.workers.choice import worthwhile_workers
 from dppo.envs.workers.vector_env import WorkerVectorEnv
+from dppo.processors import usable_processors
 from dppo.task import Task
 from policies.errors import UserError
 
@@ -103,7 +103,7 @@ def make_vector_env(
         UserError: as `make_env`, or `num_envs` is not positive.
     """
     _check_num_envs(task, num_envs)
-    threads = threads or _processors()
+    threads = threads or usable_processors()
     if autoreset_mode is AutoresetMode.SAME_STEP:
         env = make_env(task, history=history, chunk=chunk)
         rules = rules_of(env.env)
@@ -150,11 +150,6 @@ def worker_vector_env(task: Task, num_envs: int, *, history: int, chunk: int, wo
 def _constructor(task: Task, history: int, chunk: int) -> bytes:
     """What a worker makes its environments with."""
     return cloudpickle.dumps(partial(_make_elsewhere, task.env_spec(), task, history=history, chunk=chunk))
-
-
-def _processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _make_elsewhere(spec: EnvSpec, task: Task, *, history: int, chunk: int) -> ChunkEnv:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from dppo.processors import usable_processors
 from policies.errors import UserError
 
 HEADER = "# Written by dppo: the resolved configuration of this run, and where it ran."
@@ -169,9 +170,12 @@ def _git() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    return {"cpu": _cpu_model(), "cores": _cores(), "memory_gb": _memory_gb(), "platform": platform.platform()} | {
-        "gpu": _gpu_name()
-    }
+    return {
+        "cpu": _cpu_model(),
+        "cores": usable_processors(),
+        "memory_gb": _memory_gb(),
+        "platform": platform.platform(),
+    } | {"gpu": _gpu_name()}
 
 
 def _cpu_model() -> str | None:
@@ -181,11 +185,6 @@ def _cpu_model() -> str | None:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, None) or platform.processor() or platform.machine() or None
-
-
-def _cores() -> int | None:
-    """Cores this process may use, which in a container or a batch job are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _memory_gb() -> float | None:

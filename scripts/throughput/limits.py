@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from dppo.building import build_task
 from dppo.configuration import compose_config
 from dppo.envs.native.vector_env import NativeVectorEnv
 from dppo.envs.vector import make_plain_env, make_vector_env
+from dppo.processors import usable_processors
 from dppo.task import Task
 from throughput.options import PRECISIONS, Options, say
 
@@ -70,7 +70,7 @@ class SimulationLimit:
     """Environment steps per second of MuJoCo alone on all cores, from the states that random actions lead to."""
 
     def __init__(self, task: Task, num_envs: int = 40, chunk: int = 4) -> None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = usable_processors()
         native = make_vector_env(task, num_envs, history=1, chunk=chunk, threads=threads)
         assert isinstance(native, NativeVectorEnv)
         self._native = native

@@ -9,13 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dppo.processors import usable_processors
+
 
 def describe_machine() -> dict[str, Any]:
     """Processor, memory, versions and date."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_processors(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "load_at_start": round(os.getloadavg()[0], 2),
