@@ -248,6 +248,10 @@ class Policy(nn.Module):
             )
         copy = type(self)(config)
         copy.load_state_dict(self._weights_for(copy))
+        return self._like_this(copy)
+
+    def _like_this(self, copy: Self) -> Self:
+        """``copy`` with this policy's metadata, on its device and in its mode."""
         copy.metadata = dict(self.metadata)
         return copy.to(next(self.parameters()).device).train(self.training)
 

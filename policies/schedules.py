@@ -1,13 +1,10 @@
-"""Coefficient tables of the denoising kernels, read once off a diffusers scheduler.
+"""Noise schedules, read off diffusers, and what a network that denoises is asked to predict.
 
-| name | symbol (Ho et al. 2020) |
+| code | symbol (Ho et al. 2020) |
 |---|---|
 | alpha_bar | cumulative product of alpha_t = 1 - beta_t |
-| x0 | predicted clean sample |
-| std | sigma_t, square root of the posterior variance |
-
-    x0   = x0_latent[t] z + x0_output[t] out          (then clipped)
-    mean = mean_x0[t] x0 + mean_latent[t] z
+| x0 | clean sample |
+| noise | epsilon |
 """
 
 from __future__ import annotations
@@ -23,50 +20,43 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
 @dataclass(frozen=True)
-class KernelTable:
-    """One row per timestep t = 0 .. S-1; every field [S], float32."""
+class NoiseLevels:
+    """Of each timestep t = 0 .. S-1; float32, bit for bit diffusers'."""
 
-    x0_latent: Tensor
-    x0_output: Tensor
-    mean_x0: Tensor
-    mean_latent: Tensor
-    std: Tensor
+    beta: Tensor
+    """[S]."""
     alpha_bar: Tensor
-
-    def mean_coefficients(self) -> Tensor:
-        """[S, 4]: x0_latent, x0_output, mean_x0, mean_latent."""
-        return torch.stack([self.x0_latent, self.x0_output, self.mean_x0, self.mean_latent], dim=1)
+    """[S]."""
 
 
-def ddpm_table(num_timesteps: int, beta_schedule: BetaSchedule, prediction: Prediction) -> KernelTable:
-    """The ancestral sampler (Ho et al. 2020, eq. 7) with the posterior variance, computed in float64."""
+def noise_levels(num_timesteps: int, beta_schedule: BetaSchedule, beta_range: tuple[float, float]) -> NoiseLevels:
+    """Those of a schedule; ``beta_range`` are the first and the last beta, unless it is the cosine."""
     # diffusers takes seconds to import; only this function needs it.
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    scheduler = DDPMScheduler(num_train_timesteps=num_timesteps, beta_schedule=beta_schedule)
-    beta = scheduler.betas.double()
-    alpha_bar = scheduler.alphas_cumprod.double()
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    x0_latent, x0_output = _x0_coefficients(alpha_bar, prediction)
-    variance = (1 - previous) / (1 - alpha_bar) * beta
-    table = KernelTable(
-        x0_latent=x0_latent,
-        x0_output=x0_output,
-        mean_x0=previous.sqrt() * beta / (1 - alpha_bar),
-        mean_latent=(1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar),
-        std=variance.clamp(min=1e-20).sqrt(),
-        alpha_bar=alpha_bar,
-    )
-    return KernelTable(**{name: column.float() for name, column in vars(table).items()})
+    start, end = beta_range
+    scheduler = DDPMScheduler(num_timesteps, beta_start=start, beta_end=end, beta_schedule=beta_schedule)
+    return NoiseLevels(scheduler.betas, scheduler.alphas_cumprod)
 
 
-def _x0_coefficients(alpha_bar: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+def x0_coefficients(alpha_bar: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """What the predicted x0 is made of: so much of the latent, and so much of the network's output."""
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction == "epsilon":
         return 1 / signal, -noise / signal
     if prediction == "sample":
         return torch.zeros_like(signal), torch.ones_like(signal)
     return signal, -noise  # v-prediction (Salimans and Ho 2022)
+
+
+def noise_coefficients(alpha_bar: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """What the predicted noise is made of: so much of the latent, and so much of the network's output."""
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction == "epsilon":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    if prediction == "sample":
+        return 1 / noise, -signal / noise
+    return noise, signal
 
 
 def training_target(prediction: Prediction, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from policies.chain import DiffusionConfig, DiffusionPolicy
+from policies.samplers import Sampler
 
 DATA = Path(__file__).parent / "data" / "original_dppo"
-CASES = ("ddpm_partial", "ddpm_full_chain", "ddpm_final_clip_history")
+CASES = ("ddpm_partial", "ddpm_full_chain", "ddpm_final_clip_history", "ddim_5_of_100")
 
 
 class Figures:
@@ -47,6 +48,7 @@ class Figures:
                     "step_dim": c["time_dim"],
                 },
                 denoising_steps=c["K"],
+                sampler=Sampler(steps=c["ddim_steps"], eta=c["eta"], evaluation_eta=0) if "eta" in c else Sampler(),
                 finetuned_steps=c["ft"],
                 x0_clip=c["x0_clip"],
                 noise_clip=c["randn_clip"],
