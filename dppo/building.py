@@ -15,10 +15,14 @@ from dppo.envs.vector import Spaces, space_dims
 from dppo.task import Task
 from dppo.updates.config import UpdateConfig
 from dppo.updates.rules import CONFIGS
-from policies import Policy, UserError
+from policies import DiffusionPolicy, Policy, UserError
 from policies.config import config_from_dict, near_misses
+from policies.samplers import Sampler
 
 Plain = Mapping[str, Any]
+PARTS = ("network", "sampler")
+"""Groups of a configuration that are settings of the policy."""
+DEFAULT_SAMPLER = "ddpm"
 
 
 def build_task(config: Plain) -> Task:
@@ -35,7 +39,8 @@ def build_policy(config: Plain, spaces: Spaces, **changes: Any) -> Policy:
     sizes: dict[str, Any] = {"obs_dim": spaces.obs_dim, "action_dim": spaces.action_dim}
     if config["policy"]["type"] == "categorical":
         sizes |= {"choices": spaces.choices, "masked": spaces.masked}
-    policy = Policy.from_config({**config["policy"], **sizes, "network": config["network"], **changes})
+    parts = {name: config[name] for name in PARTS if config.get(name) is not None}
+    policy = Policy.from_config({**config["policy"], **sizes, **parts, **changes})
     check_spaces(policy, spaces, "this configuration", config["task"]["name"])
     return policy
 
@@ -72,10 +77,10 @@ def whole_chain(config: Plain) -> dict[str, Any]:
 
 
 def policy_settings(policy: Policy) -> dict[str, Any]:
-    """``policy`` and ``network`` of a configuration that says what the policy is."""
+    """``policy`` and its `PARTS`, of a configuration that says what the policy is."""
     settings = {"type": policy.type, **dataclasses.asdict(policy.config)}
-    network = settings.pop("network")
-    return {"policy": settings, "network": network}
+    parts = {name: settings.pop(name) for name in PARTS if name in settings}
+    return {"policy": settings, **parts}
 
 
 def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:
@@ -162,12 +167,33 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
     check_spaces(policy, space_dims(task), str(directory), task.name)
     if any(key.startswith("network") for key in overridden):
         raise UserError(f"the network is fixed by the checkpoint {directory}; it can be chosen when pretraining only")
+    if _is_other_sampler(config, policy, overridden):
+        policy = with_sampler(policy, config["sampler"])
     settings, defaults = config["policy"], default_settings("policy", policy.type)["policy"]
     named = {key.split(".", 1)[1] for key in overridden if key.startswith("policy.")}
-    free = policy.config.adjustable - {"finetuned_steps"}
+    free = policy.config.adjustable - {"finetuned_steps", "sampler"}
     chosen = {key for key in settings if key in free and settings[key] != defaults.get(key)}
     changes = {key: settings[key] for key in named | chosen}
     if getattr(policy.config, "finetuned_steps", 0) is None:
-        changes["finetuned_steps"] = settings["finetuned_steps"] or policy.num_steps
+        wanted = settings["finetuned_steps"] or policy.num_steps
+        changes["finetuned_steps"] = wanted if "finetuned_steps" in named else min(wanted, policy.num_steps)
     changes = {key: value for key, value in changes.items() if value != getattr(policy.config, key, ...)}
     return policy.adjusted(**changes), task
+
+
+def _is_other_sampler(config: Plain, policy: Policy, overridden: Collection[str]) -> bool:
+    """Whether the user named a sampler, or another setting did that is not the default."""
+    sampler = config.get("sampler")
+    named = any(key.split(".")[0] == "sampler" for key in overridden)
+    return sampler is not None and (named or sampler != default_settings("sampler", DEFAULT_SAMPLER))
+
+
+def with_sampler(policy: Policy, settings: Plain) -> Policy:
+    """The policy under another sampler of its denoising chain.
+
+    Raises:
+        UserError: a policy without one, or a sampler that is wrong or does not fit it.
+    """
+    if not isinstance(policy, DiffusionPolicy):
+        raise UserError(f"a {policy.type} policy has no sampler; leave sampler=... out")
+    return policy.with_sampler(config_from_dict(Sampler, settings, "sampler"))

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,11 +36,20 @@ def config_from_dict(cls: type[Record], values: Mapping[str, Any], where: str) -
     for name in values:
         if name not in fields:
             raise UserError(f"{where} has no setting {name!r}{near_misses(name, fields)}")
+    values = {name: _nested(cls, name, value, where) for name, value in values.items()}
     try:
-        return _adapter(cls).validate_python(dict(values))
+        return _adapter(cls).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         given = f" (it is {first['input']!r})" if name and first["type"] != "missing" else ""
         raise UserError(f"{where}{f', {name}' if name else ''}: {message}{given}") from error
+
+
+def _nested(cls: type, name: str, value: Any, where: str) -> Any:
+    """The value of a field; where that is a record of its own, plain data is made one, with the same checks."""
+    kind = get_type_hints(cls)[name]
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+        return config_from_dict(kind, value, f"{where}, {name}")
+    return value

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dppo.building import check_spaces
+from dppo.building import check_spaces, with_sampler
 from dppo.checkpoint import find_policy, load_policy
 from dppo.envs.vector import space_dims
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress
@@ -25,6 +25,8 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     policy, task = load_policy(source, device)
     if task is None:
         raise UserError(f"{source} does not say which task it was trained for")
+    if config.get("sampler") is not None:
+        policy = with_sampler(policy, config["sampler"])
     check_spaces(policy, space_dims(task), str(source), task.name)
     settings = {name: config[name] for name in ("episodes", "num_envs", "seed")}
     evaluation = config_from_dict(EvaluationConfig, settings, "evaluate")

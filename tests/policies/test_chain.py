@@ -14,6 +14,7 @@ from torch import Tensor
 from policies import DiffusionPolicy, Policy, UserError
 from policies.chain import EVALUATION_STD, DiffusionConfig
 from policies.networks.mlp import DenoisingMLP
+from policies.samplers import Sampler
 
 OBS_DIM, ACTION_DIM, CHUNK, STEPS = 2, 2, 3, 5
 BATCH = 4
@@ -148,6 +149,7 @@ def test_an_adjusted_policy_keeps_its_scaling_and_a_copy_of_its_metadata() -> No
 
 FIXED = {
     "action_dim": 3,
+    "beta_range": [1e-3, 0.1],
     "beta_schedule": "linear",
     "chunk": 2,
     "denoising_steps": 10,
@@ -222,6 +224,110 @@ def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
         diffusion(**settings)
 
 
+# --- samplers --------------------------------------------------------------------------------------------------------
+
+
+def finetuned_on(*, sampler: Sampler | None = None, steps: int = 20, finetuned: int = 10) -> DiffusionPolicy:
+    return diffusion(denoising_steps=steps, finetuned_steps=finetuned, sampler=sampler or Sampler())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "finetuned", "expected"),
+    [(Sampler(), 10, range(10)), (Sampler(steps=5), 2, range(5)), (Sampler(steps=5), 5, range(20))],
+)
+def test_imitation_trains_the_network_on_every_timestep_that_it_serves(
+    sampler: Sampler, finetuned: int, expected: range, served: dict[int, list[int]]
+) -> None:
+    policy = finetuned_on(sampler=sampler, finetuned=finetuned)
+    policy.imitation_loss(observations(policy, 400), torch.zeros(400, CHUNK, ACTION_DIM))
+    assert set(served[id(policy.network)]) == set(expected)
+
+
+def test_another_sampler_runs_each_network_on_the_timesteps_that_it_serves(served: dict[int, list[int]]) -> None:
+    policy = finetuned_on().with_sampler(Sampler(steps=5, evaluation_eta=0))
+    policy.sample(observations(policy))
+    assert policy.num_steps == 3
+    assert served == {id(policy.frozen): [16, 12], id(policy.network): [8, 4, 0]}
+
+
+def test_another_sampler_that_needs_no_frozen_step_does_without_the_frozen_network() -> None:
+    finetuned = finetuned_on(finetuned=18)
+    policy = finetuned.with_sampler(Sampler(steps=5))
+    assert policy.frozen is None and policy.num_steps == 5
+    for name, weights in finetuned.network.state_dict().items():
+        assert torch.equal(policy.network.state_dict()[name], weights)
+
+
+def test_a_sampler_may_have_more_steps_than_the_one_that_was_finetuned() -> None:
+    policy = finetuned_on(sampler=Sampler(steps=5), finetuned=3).with_sampler(Sampler())
+    assert policy.num_steps == 9  # up to timestep 8
+    assert policy.frozen is not None
+
+
+@pytest.mark.parametrize(
+    ("sampler", "complaint"),
+    [
+        (Sampler(steps=21), "sampler.steps must not exceed denoising_steps = 20, but is 21"),
+        (Sampler(steps=1, offset=15), "sampler.offset=15 leaves no step to what was fine-tuned.*below 10"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_is_an_error_that_a_user_can_read(sampler: Sampler, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        finetuned_on().with_sampler(sampler)
+
+
+def test_ddim_with_all_noise_over_all_timesteps_is_ddpm() -> None:
+    ddpm = diffusion()
+    ddim = ddpm.adjusted(sampler={"steps": STEPS, "eta": 1.0})
+    obs, noise = observations(ddpm), noise_for(ddpm)
+    ours, theirs = (policy.sample(obs, noise=noise).chain for policy in (ddim, ddpm))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_training_fewer_steps_freezes_what_was_learned_and_goes_on_with_the_same_network(
+    served: dict[int, list[int]],
+) -> None:
+    policy = finetuned_on()
+    shorter = policy.with_fewer_finetuned_steps(4)
+    assert shorter.num_steps == 4 and shorter.frozen is not None
+    for network in (shorter.network, shorter.frozen):
+        for name, weights in policy.network.state_dict().items():
+            assert torch.equal(network.state_dict()[name], weights)
+    assert not any(weights.requires_grad for weights in shorter.frozen.parameters())
+    shorter.sample(observations(shorter))
+    assert served[id(shorter.frozen)] == list(range(19, 3, -1))
+
+
+@pytest.mark.parametrize("kind", ["scalar", "action", "state"])
+def test_a_learned_eta_begins_at_the_one_that_is_set_and_moves_the_law(kind: Any) -> None:
+    sampler = Sampler(steps=5, eta=0.5, learned_eta=kind)
+    learned, fixed = (finetuned_on(sampler=s, finetuned=5) for s in (sampler, Sampler(steps=5, eta=0.5)))
+    learned.network.load_state_dict(fixed.network.state_dict())
+    obs, noise = observations(learned), noise_for(learned)
+    ours, theirs = (policy.sample(obs, noise=noise) for policy in (learned, fixed))
+    torch.testing.assert_close(ours.chain, theirs.chain, rtol=1e-4, atol=1e-4)
+    step = torch.ones(BATCH, dtype=torch.long)
+    law = learned.transition(obs, ours.chain[:, 1], step)
+    torch.testing.assert_close(law.mean, fixed.transition(obs, ours.chain[:, 1], step).mean, rtol=1e-4, atol=1e-4)
+    assert learned.eta is not None
+    gradients = torch.autograd.grad(law.log_prob(ours.chain[:, 2]).sum(), list(learned.eta.parameters()))
+    assert gradients[-1].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["scalar", "action", "state"])
+def test_a_learned_eta_survives_another_setting_and_is_dropped_with_its_sampler(kind: Any) -> None:
+    policy = finetuned_on(sampler=Sampler(steps=5, eta=0.5, learned_eta=kind), finetuned=5)
+    assert policy.eta is not None
+    with torch.no_grad():
+        for weights in policy.eta.parameters():
+            weights.add_(0.3)
+    kept = policy.adjusted(exploration_std=0.2)
+    assert kept.eta is not None
+    for name, weights in policy.eta.state_dict().items():
+        assert torch.equal(kept.eta.state_dict()[name], weights)
+    assert policy.with_sampler(Sampler(steps=5)).eta is None
+
+
 # --- std and clips ---------------------------------------------------------------------------------------------------
 
 
@@ -244,22 +350,43 @@ def added_std(policy: DiffusionPolicy, deterministic: bool = False) -> Tensor:
 def test_exploring_adds_at_least_the_exploration_std_at_every_step_including_the_last(floor: float) -> None:
     policy = diffusion(exploration_std=floor, likelihood_std=0.3)
     std = added_std(policy)
-    torch.testing.assert_close(std, policy.table.std.clamp(min=floor), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(std, policy.kernel.unit_std.clamp(min=floor), rtol=1e-5, atol=1e-6)
     assert std[0] == pytest.approx(floor, abs=1e-6)
+
+
+def test_only_the_last_step_explores_if_it_is_told_so() -> None:
+    policy = diffusion(exploration_std=0.6, exploring_steps="last")
+    expected = torch.cat([torch.tensor([0.6]), policy.kernel.unit_std[1:]])
+    torch.testing.assert_close(added_std(policy), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_exploration_std_can_change_while_training_and_evaluation_does_not_see_it() -> None:
+    policy = diffusion(exploration_std=0.6)
+    policy.exploration_std = 0.3
+    torch.testing.assert_close(added_std(policy), policy.kernel.unit_std.clamp(min=0.3), rtol=1e-5, atol=1e-6)
+    assert added_std(policy, deterministic=True)[0] == 0
 
 
 def test_evaluation_adds_the_std_of_the_schedule_and_none_at_the_last_step() -> None:
     policy = diffusion(exploration_std=0.6)
     std = added_std(policy, deterministic=True)
-    torch.testing.assert_close(std, policy.table.std, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(std, policy.kernel.unit_std, rtol=1e-5, atol=1e-6)
     assert std[0] == 0
 
 
 def test_evaluation_adds_no_less_than_its_floor_before_the_last_step() -> None:
-    policy = diffusion()
-    policy.table = dataclasses.replace(policy.table, std=torch.full((STEPS,), 1e-6))
+    policy = diffusion(sampler=Sampler(evaluation_eta=1e-5))
     expected = torch.tensor([0.0] + [EVALUATION_STD] * (STEPS - 1))
-    torch.testing.assert_close(added_std(policy, deterministic=True), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(added_std(policy, deterministic=True), expected, rtol=2e-3, atol=0)
+
+
+def test_evaluation_without_eta_depends_on_the_start_alone() -> None:
+    policy = diffusion(sampler=Sampler(evaluation_eta=0))
+    obs, noise = observations(policy), noise_for(policy)
+    other = torch.cat([noise[:, :1], noise_for(policy, seed=5)[:, 1:]], dim=1)
+    ours, theirs = (policy.sample(obs, noise=n, deterministic=True).chain for n in (noise, other))
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(policy.sample(obs, noise=noise).chain, policy.sample(obs, noise=other).chain)
 
 
 def test_added_noise_is_clipped_and_the_start_is_not() -> None:
@@ -371,9 +498,15 @@ def planar(**changes: Any) -> DiffusionPolicy:
     return DiffusionPolicy(DiffusionConfig(**{**settings, **changes}))
 
 
+SAMPLERS = {"ddpm": Sampler(), "ddim": Sampler(steps=25, eta=0.0), "ddim, half the noise": Sampler(steps=50, eta=0.5)}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_with_a_perfect_denoiser_the_chain_samples_the_data(prediction: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = planar(prediction=prediction, denoising_steps=50)
+def test_with_a_perfect_denoiser_the_chain_samples_the_data(
+    prediction: Any, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = planar(prediction=prediction, denoising_steps=50, sampler=SAMPLERS[sampler])
 
     def perfect(self: DenoisingMLP, latent: Tensor, timestep: int, prepared: object) -> Tensor:
         return ideal_output(prediction, latent, policy.alpha_bar[timestep])
@@ -401,8 +534,8 @@ def test_the_imitation_loss_is_least_for_a_perfect_denoiser(prediction: Any, mon
         assert loss(scale, offset) > loss(1, 0) + 0.001
 
 
-def test_behaviour_cloning_learns_the_distribution_of_the_demonstrations() -> None:
-    policy = planar(denoising_steps=10)
+def test_behaviour_cloning_learns_the_distribution_of_the_demonstrations_for_ddpm_and_ddim() -> None:
+    policy = planar(denoising_steps=20)
     generator = torch.Generator().manual_seed(0)
     data, obs = mixture(2000, generator), torch.zeros(2000, 1, 1)
     untrained = energy_distance(policy.sample(obs, generator=generator).action, data)
@@ -415,4 +548,6 @@ def test_behaviour_cloning_learns_the_distribution_of_the_demonstrations() -> No
         optimizer.step()
         schedule.step()
     assert untrained > 0.2
-    assert energy_distance(policy.sample(obs, generator=generator).action, data) < 0.03
+    for sampler in (Sampler(), Sampler(steps=5, eta=0.0), Sampler(steps=10, eta=0.5)):
+        actions = policy.with_sampler(sampler).sample(obs, generator=generator).action
+        assert energy_distance(actions, data) < 0.03

@@ -27,6 +27,8 @@ MIXTURE = {"type": "mixture", "network": PLAIN, "components": 3}
 CATEGORICAL = {"type": "categorical", "network": PLAIN}
 SEVERAL = {**CATEGORICAL, "action_dim": 5, "choices": [3, 2]}
 DIFFUSION = {"type": "diffusion", "network": RESIDUAL, "chunk": 3, "denoising_steps": 5}
+DDIM = {**DIFFUSION, "denoising_steps": 20, "sampler": {"steps": 5, "eta": 0.7, "evaluation_eta": 0.0}}
+LEARNED = {"steps": 5, "eta": 0.7, "evaluation_eta": 0.0, "eta_range": [0.3, 1.0]}
 
 CASES: dict[str, dict[str, Any]] = {
     "gaussian": GAUSSIAN,
@@ -61,6 +63,17 @@ CASES: dict[str, dict[str, Any]] = {
     "diffusion, predicts x0, no clip": {**DIFFUSION, "prediction": "sample", "x0_clip": None},
     "diffusion, predicts v": {**DIFFUSION, "prediction": "v_prediction", "finetuned_steps": 3},
     "diffusion, predicts v, no clip": {**DIFFUSION, "prediction": "v_prediction", "x0_clip": None},
+    "diffusion, DDIM": {**DDIM, "finetuned_steps": 3},
+    "diffusion, DDIM, K' = 1": {**DDIM, "finetuned_steps": 1},
+    "diffusion, DDIM, K' = K": {**DDIM, "finetuned_steps": 5},
+    "diffusion, DDIM, deterministic but for the floors": {**DDIM, "sampler": {"steps": 5, "eta": 0.0}},
+    "diffusion, DDIM, the noise as predicted": {**DDIM, "sampler": {"steps": 5, "eta": 0.5, "rederive_noise": False}},
+    "diffusion, DDIM, noise clipped": {**DDIM, "sampler": {"steps": 5, "eta": 0.5, "epsilon_clip": 0.5}},
+    "diffusion, DDIM, offset": {**DDIM, "sampler": {"steps": 5, "offset": 2, "eta": 0.5}, "finetuned_steps": 3},
+    "diffusion, DDIM, learned eta": {**DDIM, "sampler": {**LEARNED, "learned_eta": "scalar"}},
+    "diffusion, DDIM, eta by action": {**DDIM, "sampler": {**LEARNED, "learned_eta": "action"}, "finetuned_steps": 3},
+    "diffusion, DDIM, eta by state": {**DDIM, "sampler": {**LEARNED, "learned_eta": "state"}, "history": 2},
+    "diffusion, last step explores": {**DIFFUSION, "exploring_steps": "last", "finetuned_steps": 3},
     "diffusion, scaled linear": {**DIFFUSION, "beta_schedule": "scaled_linear", "noise_clip": None},
 }
 
@@ -343,7 +356,9 @@ def test_a_gradient_reaches_every_trained_parameter_and_no_frozen_one(policy: Po
         policy.imitation_loss(obs, demonstrated(policy, 64), seeded(0)).backward()
     for name, weights in policy.named_parameters():
         assert weights.requires_grad == (not name.startswith("frozen.")), name
-        if weights.requires_grad:
+        if name.startswith("eta.") and source == "imitation_loss":
+            assert weights.grad is None, name  # demonstrations say nothing of how to explore
+        elif weights.requires_grad:
             assert weights.grad is not None and weights.grad.isfinite().all() and weights.grad.abs().max() > 0, name
         else:
             assert weights.grad is None, name
