@@ -79,8 +79,8 @@ class Cloner:
             weight_decay=config.weight_decay,
             what="policy",
         )
-        self.averaged = copy.deepcopy(policy)
-        """The policy with averaged weights."""
+        self.averaged = copy.deepcopy(policy).eval()
+        """The policy with averaged weights; it is evaluated only, and drops nothing."""
         self.average = FlatParameters(self.averaged.parameters()).values
         """[P], the weights themselves."""
         objective = Objective[tuple[Tensor, ...]](policy, self._rows)

@@ -24,7 +24,7 @@ from torch.distributions import Distribution, Independent, Normal
 from policies.base import Policy, PolicyConfig, Sample
 from policies.errors import UserError
 from policies.eta import Eta
-from policies.networks.mlp import DenoisingMLP
+from policies.networks.denoiser import Denoiser
 from policies.networks.registry import build_denoiser
 from policies.normalization import Affine
 from policies.samplers import Kernel, Sampler
@@ -107,14 +107,14 @@ class DiffusionPolicy(Policy, type="diffusion"):
         """Those of the K steps, growing: the chain goes through them backwards."""
         self.num_steps = config.finetuned_steps or len(self.timesteps)
         self.latent_shape = (config.chunk, config.action_dim)
-        obs_dim = config.history * config.obs_dim
-        self.network = build_denoiser(config.network, self.latent_shape, obs_dim, config.denoising_steps)
+        obs_shape = (config.history, config.obs_dim)
+        self.network = build_denoiser(config.network, self.latent_shape, obs_shape, config.denoising_steps)
         """The denoiser of the last K' steps: what pretraining and RL train."""
         self.frozen = None
         """The denoiser of the steps before them; None where there are none."""
         if self.num_steps < len(self.timesteps):
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
-        self.eta = None if config.sampler.learned_eta is None else Eta(config.sampler, obs_dim, config.action_dim)
+        self.eta = None if config.sampler.learned_eta is None else Eta(config.sampler, config.history * config.obs_dim, config.action_dim)
         """Where it is learned."""
         levels = noise_levels(config.denoising_steps, config.beta_schedule, config.beta_range)
         self.register_buffer("alpha_bar", levels.alpha_bar, persistent=False)  # [S]
@@ -213,7 +213,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
         law = Normal(torch.stack(means[-self.num_steps :], dim=1), self._scoring_stds(natural), validate_args=False)
         return Sample(self._action(latents[-1]), chain, law.log_prob(chain[:, 1:]))
 
-    def _stages(self) -> list[tuple[DenoisingMLP, range]]:
+    def _stages(self) -> list[tuple[Denoiser, range]]:
         """Each network with the rows of the kernel that it serves, in the order of denoising."""
         trained = (self.network, range(self.num_steps - 1, -1, -1))
         if self.frozen is None:
@@ -271,17 +271,20 @@ class DiffusionPolicy(Policy, type="diffusion"):
     def imitation_exercise(
         self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """Observations [B, To, Do], noisy chunks [B, Tp, Da], timesteps [B] that ``network`` serves, and targets."""
+        """Observations [B, To, Do], noisy chunks [B, Tp, Da], timesteps [B] that ``network`` serves, targets; dropout."""
         x0 = self.action_scaler.normalize(action)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         timestep = torch.randint(self.network_timesteps, (len(x0),), generator=generator, device=x0.device)
         alpha_bar = self.alpha_bar[timestep][:, None, None]
         latent = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
-        return obs, latent, timestep, training_target(self.config.prediction, x0, noise, alpha_bar)
+        target = training_target(self.config.prediction, x0, noise, alpha_bar)
+        return obs, latent, timestep, target, *self.network.draw_dropout(len(x0), generator)
 
-    def exercise_losses(self, obs: Tensor, latent: Tensor, timestep: Tensor, target: Tensor) -> Tensor:
+    def exercise_losses(
+        self, obs: Tensor, latent: Tensor, timestep: Tensor, target: Tensor, *dropout: Tensor
+    ) -> Tensor:
         """Mean squared error of the denoiser's output, [B]."""
-        output = self.network(latent, timestep, self.normalize_obs(obs).flatten(1))
+        output = self.network(latent, timestep, self.normalize_obs(obs).flatten(1), *dropout)
         return (output - target).square().flatten(1).mean(1)
 
 

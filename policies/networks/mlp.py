@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from policies.networks.denoiser import Denoiser
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
@@ -70,14 +72,19 @@ class ResidualBlock(nn.Module):
         return lambda x: x + l2(activation(l1(activation(x))))
 
 
+def in_float32(layer: Layer, x: Tensor) -> Tensor:
+    """``layer(x)``, in float32 inside autocast too."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())
+
+
 class OutputLayer(nn.Linear):
     """A linear layer in float32, inside autocast too: neither means and logits are rounded nor their likelihoods."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+        return in_float32(super().forward, x)
 
 
 class MLP(nn.Module):
@@ -174,21 +181,22 @@ class Prepared:
     """The other layers."""
 
 
-class DenoisingMLP(nn.Module):
-    """The noise (or sample, or velocity) that a chunk holds, given the observation and the denoising step.
+class DenoisingMLP(Denoiser):
+    """An MLP of everything side by side.
 
     The input of the first layer is [flattened chunk, step embedding, flattened observation history]. Its product is a
     sum of three shares, so the embedding network runs on a table of ``num_timesteps`` rows, never on the batch, and the
     observation's share is computed once for a whole chain (`prepare`).
     """
 
+    Config = DenoisingMLPConfig
     steps: Tensor
 
     def __init__(
-        self, latent_shape: tuple[int, int], obs_dim: int, num_timesteps: int, config: DenoisingMLPConfig
+        self, latent_shape: tuple[int, int], obs_shape: tuple[int, int], num_timesteps: int, config: DenoisingMLPConfig
     ) -> None:
-        """``obs_dim`` is that of the flattened history, To * Do."""
         super().__init__()
+        obs_dim = obs_shape[0] * obs_shape[1]
         self.latent_shape = latent_shape
         self.latent_dim = latent_shape[0] * latent_shape[1]
         dim = config.step_dim
@@ -205,8 +213,8 @@ class DenoisingMLP(nn.Module):
     def _step_shares(self) -> Tensor:
         return F.linear(self.step_encoder(self.steps), self._weights()[1])  # [S, H]
 
-    def forward(self, latent: Tensor, timestep: Tensor, obs: Tensor) -> Tensor:
-        """latent [B, Ta, Da], timestep [B] integers, obs [B, To*Do] -> [B, Ta, Da].
+    def forward(self, latent: Tensor, timestep: Tensor, obs: Tensor, *dropout: Tensor) -> Tensor:
+        """latent [B, Tp, Da], timestep [B] integers, obs [B, To*Do] -> [B, Tp, Da].
 
         A one-hot row picks the step's share inside the same matrix product as the other inputs: no gather forward, no
         scatter backward.
@@ -220,13 +228,11 @@ class DenoisingMLP(nn.Module):
         return self.mlp.trunk(hidden).unflatten(1, self.latent_shape)
 
     def prepare(self, obs: Tensor) -> Prepared:
-        """What `forward_prepared` needs for a whole chain on the observations [B, To*Do]."""
         latent_weight, _, obs_weight = self._weights()
         obs_share = F.linear(obs, obs_weight, self.mlp.input.bias)
         return Prepared(obs_share, self._step_shares(), latent_weight.T, self.mlp.plain_trunk())
 
     def forward_prepared(self, latent: Tensor, timestep: int, prepared: Prepared) -> Tensor:
-        """`forward` where the whole batch is at one timestep."""
         share = prepared.obs + prepared.steps[timestep]
         hidden = torch.addmm(share, latent.flatten(1), prepared.latent_weight)
         return prepared.trunk(hidden).view(latent.shape)

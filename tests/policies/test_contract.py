@@ -29,6 +29,8 @@ SEVERAL = {**CATEGORICAL, "action_dim": 5, "choices": [3, 2]}
 DIFFUSION = {"type": "diffusion", "network": RESIDUAL, "chunk": 3, "denoising_steps": 5}
 DDIM = {**DIFFUSION, "denoising_steps": 20, "sampler": {"steps": 5, "eta": 0.7, "evaluation_eta": 0.0}}
 LEARNED = {"steps": 5, "eta": 0.7, "evaluation_eta": 0.0, "eta_range": [0.3, 1.0]}
+UNET = {**DIFFUSION, "network": {"type": "unet", "down_dims": [8, 12, 16], "groups": 4, "final_groups": 2, "step_dim": 8}}
+TRANSFORMER = {**DIFFUSION, "network": {"type": "transformer", "width": 8, "layers": 2, "heads": 2}}
 
 CASES: dict[str, dict[str, Any]] = {
     "gaussian": GAUSSIAN,
@@ -75,6 +77,33 @@ CASES: dict[str, dict[str, Any]] = {
     "diffusion, DDIM, eta by state": {**DDIM, "sampler": {**LEARNED, "learned_eta": "state"}, "history": 2},
     "diffusion, last step explores": {**DIFFUSION, "exploring_steps": "last", "finetuned_steps": 3},
     "diffusion, scaled linear": {**DIFFUSION, "beta_schedule": "scaled_linear", "noise_clip": None},
+    "unet": UNET,
+    "unet, K' = 1": {**UNET, "finetuned_steps": 1, "chunk": 4},
+    "unet, 1 < K' < K": {**UNET, "finetuned_steps": 3, "chunk": 5},
+    "unet, K' = K": {**UNET, "finetuned_steps": 5, "chunk": 8},
+    "unet, chunk 1": {**UNET, "chunk": 1},
+    "unet, history, part of the chunk": {**UNET, "history": 2, "chunk": 7, "executed": 2, "finetuned_steps": 3},
+    "unet, other conditioning": {
+        **UNET,
+        "network": {**UNET["network"], "scale": False, "deep_film": True, "obs_dims": [8, 4], "groups": None},
+        "history": 2,
+    },
+    "transformer": TRANSFORMER,
+    "transformer, K' = 1": {**TRANSFORMER, "finetuned_steps": 1},
+    "transformer, 1 < K' < K": {**TRANSFORMER, "finetuned_steps": 3, "executed": 2},
+    "transformer, K' = K": {**TRANSFORMER, "finetuned_steps": 5, "chunk": 1},
+    "transformer, history": {**TRANSFORMER, "history": 2, "finetuned_steps": 3},
+    "transformer, encoder, the chunk starts at the first observation": {
+        **TRANSFORMER,
+        "network": {**TRANSFORMER["network"], "condition_layers": 1, "chunk_start": "first"},
+        "history": 2,
+        "finetuned_steps": 3,
+    },
+    "transformer, dropout": {
+        **TRANSFORMER,
+        "network": {**TRANSFORMER["network"], "causal": False, "embedding_dropout": 0.1, "attention_dropout": 0.3},
+        "history": 2,
+    },
 }
 
 ACTION_LOW, ACTION_HIGH = torch.tensor([-3.0, 10.0]), torch.tensor([1.0, 30.0])

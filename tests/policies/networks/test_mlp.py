@@ -56,7 +56,7 @@ def residual(mlp: MLP, x: Tensor, act: Any) -> Tensor:
 
 def denoiser(**settings: Any) -> DenoisingMLP:
     torch.manual_seed(0)
-    return DenoisingMLP(LATENT, OBS_DIM, TIMESTEPS, DenoisingMLPConfig(**{"hidden_dims": [8, 8, 8], **settings}))
+    return DenoisingMLP(LATENT, (1, OBS_DIM), TIMESTEPS, DenoisingMLPConfig(**{"hidden_dims": [8, 8, 8], **settings}))
 
 
 def inputs(batch: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from policies.networks.mlp import MLP, DenoisingMLP
 from policies.networks.registry import build_denoiser, build_head
 
 BUILDERS = {
-    "denoiser": lambda network: build_denoiser(network, (2, 3), 5, 4),
+    "denoiser": lambda network: build_denoiser(network, (2, 3), (1, 5), 4),
     "head": lambda network: build_head(network, 5, 3, 0.01),
 }
 each_builder = pytest.mark.parametrize("builder", BUILDERS)
@@ -29,7 +29,7 @@ def test_a_misspelt_setting_is_refused_with_its_near_miss(builder: str) -> None:
 
 
 def test_a_denoiser_has_the_shapes_it_is_built_for() -> None:
-    network = build_denoiser({"type": "mlp", "hidden_dims": [8]}, (2, 3), 5, 4)
+    network = build_denoiser({"type": "mlp", "hidden_dims": [8]}, (2, 3), (1, 5), 4)
     assert isinstance(network, DenoisingMLP)
     assert network(torch.zeros(6, 2, 3), torch.arange(6) % 4, torch.zeros(6, 5)).shape == (6, 2, 3)
 
