@@ -105,7 +105,7 @@ def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:
 
 
 def implied_choices(config: Plain, overridden: Collection[str], extra: Path | None = None) -> list[str]:
-    """Overrides that follow from the checkpoint: its type of policy and its task, where the user named neither.
+    """Overrides that follow from the checkpoint: its type of policy, its task and its network, where the user named none.
 
     So that the settings that come with them (of the update rule, of the tuning) are composed too. ``extra`` is the
     user's own directory of choices.
@@ -113,7 +113,13 @@ def implied_choices(config: Plain, overridden: Collection[str], extra: Path | No
     if config.get("checkpoint") in (None, SCRATCH) or "policy" not in config:
         return []
     policy, task = load_policy(find_policy(str(config["checkpoint"]), build_task(config).name))
-    implied = {"policy": policy.type, "task": "" if task is None else task.name}
+    network = policy.config.network["type"]  # type: ignore[attr-defined]
+    same_network = network == config["network"]["type"]  # whose settings the checkpoint has, whatever it is called
+    implied = {
+        "policy": policy.type,
+        "task": "" if task is None else task.name,
+        "network": "" if same_network else network,
+    }
     return [
         f"{group}={name}"
         for group, name in implied.items()

@@ -24,9 +24,9 @@ INITIAL_STD = 0.02
 class DenoisingTransformerConfig:
     """The shape of a `DenoisingTransformer`."""
 
-    width: int = 128
+    width: int = 64
     """Dimension of a token."""
-    layers: int = 3
+    layers: int = 2
     """Of the decoder: self-attention over the actions, attention to step and observations, and two dense layers."""
     heads: int = 4
     """Of each attention; they divide the width."""

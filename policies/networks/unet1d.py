@@ -22,7 +22,7 @@ from policies.networks.mlp import ACTIVATIONS, MLP, MLPConfig, in_float32, sinus
 class DenoisingUNetConfig:
     """The shape of a `DenoisingUNet`."""
 
-    down_dims: Sequence[int] = (64, 128)
+    down_dims: Sequence[int] = (32, 64)
     """Channels of each level; each sees the chunk at half the length of the one before (rounded up)."""
     kernel_size: int = 3
     """Of the convolutions; odd."""
@@ -189,6 +189,7 @@ class DenoisingUNet(Denoiser):
         self.final = ConvBlock(widths[0], widths[0], config.final_groups, config)
         self.output = OutputConv(widths[0], latent_shape[1], 1)
         self.register_buffer("steps", sinusoidal_embedding(torch.arange(num_timesteps), dim), persistent=False)
+        self.film_dims = [film.out_dim for film in self._films()]
 
     def _films(self) -> list[FiLM]:
         """Those of all blocks, in the order of their use."""
@@ -220,7 +221,7 @@ class DenoisingUNet(Denoiser):
 
     def _denoise(self, latent: Tensor, shares: Tensor) -> Tensor:
         """latent [B, Tp, Da], shares [B, F] -> [B, Tp, Da]."""
-        of_blocks = iter(shares.split([film.out_dim for film in self._films()], dim=1))
+        of_blocks = iter(shares.split(self.film_dims, dim=1))
         x = latent.transpose(1, 2)  # [B, C, L] from here on
         skipped: list[Tensor] = []
         for level in self.down:
