@@ -105,7 +105,7 @@ def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:
 
 
 def implied_choices(config: Plain, overridden: Collection[str], extra: Path | None = None) -> list[str]:
-    """Overrides that follow from the checkpoint: its type of policy, its task and its network, where the user named none.
+    """Overrides that follow from the checkpoint: policy, task and network, where the user named none.
 
     So that the settings that come with them (of the update rule, of the tuning) are composed too. ``extra`` is the
     user's own directory of choices.

@@ -271,7 +271,10 @@ class DiffusionPolicy(Policy, type="diffusion"):
     def imitation_exercise(
         self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, ...]:
-        """Observations [B, To, Do], noisy chunks [B, Tp, Da], timesteps [B] that ``network`` serves, targets; dropout."""
+        """Observations [B, To, Do], noisy chunks [B, Tp, Da], timesteps [B] that ``network`` serves, and targets.
+
+        Besides, its `Denoiser.draw_dropout`.
+        """
         x0 = self.action_scaler.normalize(action)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         timestep = torch.randint(self.network_timesteps, (len(x0),), generator=generator, device=x0.device)

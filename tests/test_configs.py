@@ -25,6 +25,7 @@ from dppo.trainer import TrainerConfig
 from dppo.updates.rules import CONFIGS
 from policies import Policy, UserError
 from policies.config import config_from_dict
+from policies.networks.registry import DENOISERS
 
 TRAINING = ("collect", "pretrain", "finetune")
 FILES = sorted(path.relative_to(config_directory()) for path in config_directory().rglob("*.yaml"))
@@ -49,7 +50,10 @@ def build_everything(command: str, config: dict[str, Any]) -> None:
             build_everything("finetune", compose_config("finetune", run.overrides))
         return
     spaces = spaces_of(build_task(config).name)
-    if fits(config, spaces):
+    if config["policy"]["type"] != "diffusion" and config["network"]["type"] != "mlp":
+        with pytest.raises(UserError, match=f"cannot use the network type '{config['network']['type']}'"):
+            build_policy(config, spaces)
+    elif fits(config, spaces):
         policy = build_policy(config, spaces)
         assert policy.config.chunk == config["policy"]["chunk"]
     else:
@@ -103,10 +107,44 @@ def test_every_choice_of_every_group_composes_with_the_commands_that_have_the_gr
 
 @pytest.mark.parametrize("network", options("network"))
 @pytest.mark.parametrize("policy", options("policy"))
-def test_every_policy_can_be_made_of_every_network(policy, network):
+def test_every_policy_can_be_made_of_every_network_or_says_why_not(policy, network):
     task = "cartpole" if policy == "categorical" else "hopper"
     config = compose_config("finetune", [f"task={task}", f"policy={policy}", f"network={network}"])
     build_everything("finetune", config)
+
+
+@pytest.mark.parametrize("policy", options("policy"))
+@pytest.mark.parametrize("network", options("network"))
+def test_a_network_has_its_own_settings_and_those_that_its_policy_adds(policy, network):
+    config = compose_config("pretrain", [f"policy={policy}", f"network={network}"])
+    added = {"step_dim"} if policy == "diffusion" and config["network"]["type"] == "mlp" else set()
+    assert config["network"].keys() == keys("network", f"{network}.yaml") | {"type"} | added
+
+
+@pytest.mark.parametrize("network", options("network"))
+def test_every_denoising_network_lists_every_setting_that_it_has(network):
+    listed = compose_config("pretrain", ["policy=diffusion", f"network={network}"])["network"]
+    assert listed.keys() - {"type"} == fields(DENOISERS[listed["type"]].Config)
+
+
+@pytest.mark.parametrize("network", ["transformer", "unet"])
+def test_the_defaults_of_a_denoising_network_are_those_of_its_record(network):
+    settings = compose_config("pretrain", [f"network={network}"])["network"]
+    default = dataclasses.asdict(DENOISERS[settings.pop("type")].Config())
+    assert settings == {key: list(value) if isinstance(value, tuple) else value for key, value in default.items()}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("network.down_dim=[8]", "did you mean network.down_dims"),
+        ("network.layers=3", "it belongs to network=transformer"),
+        ("network.hidden_dims=[8]", "it belongs to network=mlp and network=residual_mlp"),
+    ],
+)
+def test_a_setting_that_the_chosen_network_does_not_have_is_refused(override, says):
+    with pytest.raises(UserError, match=says):
+        compose_config("pretrain", ["network=unet", override])
 
 
 @pytest.mark.parametrize("name", options("experiment"))

@@ -6,7 +6,7 @@ Diffusion Policy's TransformerForDiffusion where the observation conditions it (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,9 @@ class DenoisingTransformerConfig:
             raise ValueError(f"width must be even and at least 4, not {self.width}")
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"heads must divide width = {self.width}, and {self.heads} does not")
-        if self.layers < 1 or self.condition_layers < 0:
-            raise ValueError(
-                f"layers must be at least 1 and condition_layers at least 0, not {self.layers} and {self.condition_layers}"
-            )
+        for name, least in (("layers", 1), ("condition_layers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("embedding_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -166,7 +165,7 @@ class DecoderLayer(nn.Module):
 
 
 KeysValues = list[tuple[Tensor, Tensor]]
-"""Of what each layer of the decoder attends to beside the actions, [B, heads, 1 + To, E / heads] each."""
+"""For each layer of the decoder, those of what it attends to beside the actions, [B, heads, T, E / heads] each."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +187,10 @@ class DenoisingTransformer(Denoiser):
 
     Config = DenoisingTransformerConfig
     steps: Tensor
+    encoder: Any
+    """Layers, each an `EncoderLayer`; an MLP where there are none."""
+    decoder: Any
+    """Layers, each a `DecoderLayer`."""
     action_mask: Tensor | None
     memory_mask: Tensor | None
 
@@ -237,33 +240,31 @@ class DenoisingTransformer(Denoiser):
         drop = RowDropout(*dropout or (None,))
         steps, observed = self._tokens(obs)
         memory = self._memory(steps[timestep][:, None], observed, drop)
-        return self._decode(latent, [layer.cross_attention.attention.keys_values(memory) for layer in self.decoder], drop)
+        return self._decode(latent, self._keys_values(memory), drop)
 
     def prepare(self, obs: Tensor) -> Prepared:
         steps, observed = self._tokens(obs)
         if self.config.condition_layers:
             return Prepared(observed, steps, [], [])
         steps, observed = self.encoder(steps), self.encoder(observed)
-        attentions = [layer.cross_attention.attention for layer in self.decoder]
-        of_obs = [attention.keys_values(observed) for attention in attentions]
-        of_steps = [attention.keys_values(steps[:, None]) for attention in attentions]
-        return Prepared(observed, steps, of_obs, of_steps)
+        return Prepared(observed, steps, self._keys_values(observed), self._keys_values(steps[:, None]))
 
     def forward_prepared(self, latent: Tensor, timestep: int, prepared: Prepared) -> Tensor:
         batch, drop = len(latent), RowDropout(None)
         if self.config.condition_layers:
             step = prepared.step_tokens[timestep].expand(batch, 1, -1)
-            memory = self._memory(step, prepared.obs_tokens, drop)
-            keys_values = [layer.cross_attention.attention.keys_values(memory) for layer in self.decoder]
-        else:
-            keys_values = [
-                tuple(
-                    torch.cat([of_steps[timestep].expand(batch, -1, -1, -1), of_obs], dim=2)
-                    for of_steps, of_obs in zip(*both, strict=True)
-                )
-                for both in zip(prepared.steps, prepared.obs, strict=True)
-            ]
+            return self._decode(latent, self._keys_values(self._memory(step, prepared.obs_tokens, drop)), drop)
+
+        def joined(of_steps: Tensor, of_obs: Tensor) -> Tensor:
+            return torch.cat([of_steps[timestep].expand(batch, -1, -1, -1), of_obs], dim=2)
+
+        both = zip(prepared.steps, prepared.obs, strict=True)
+        keys_values = [(joined(steps[0], obs[0]), joined(steps[1], obs[1])) for steps, obs in both]
         return self._decode(latent, keys_values, drop)
+
+    def _keys_values(self, memory: Tensor) -> KeysValues:
+        """What each layer of the decoder attends to, of encoded tokens [..., T, E]."""
+        return [layer.cross_attention.attention.keys_values(memory) for layer in self.decoder]
 
     def _tokens(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Of all steps [S, E] and of observations [B, To*Do] -> [B, To, E], with their positions, not yet encoded."""

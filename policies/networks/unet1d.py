@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,9 @@ class DenoisingUNetConfig:
             groups = getattr(self, name)
             for width in widths:
                 if groups is not None and (groups < 1 or width % groups):
-                    raise ValueError(f"{name} must divide the channels of down_dims, and {groups} does not divide {width}")
+                    raise ValueError(
+                        f"{name} must divide the channels of down_dims, and {groups} does not divide {width}"
+                    )
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {self.kernel_size}")
         if self.activation not in ACTIVATIONS:
@@ -59,9 +62,8 @@ class DenoisingUNetConfig:
             raise ValueError(f"step_dim must be even and at least 4, not {self.step_dim}")
         dims = self.obs_dims
         if dims is not None and (len(dims) < 2 or len(dims) % 2 or min(dims) < 1 or len(set(dims[:-1])) > 1):
-            raise ValueError(
-                f"obs_dims needs an odd number of equal widths and one of the output, such as [128, 32], not {list(dims)}"
-            )
+            wanted = "an odd number of equal widths and then the output's, such as [128, 32]"
+            raise ValueError(f"obs_dims needs {wanted}, not {list(dims)}")
 
 
 class ConvBlock(nn.Module):
@@ -120,6 +122,8 @@ class ResidualBlock(nn.Module):
 class Level(nn.Module):
     """Two blocks, and the change of length on the way to the next level."""
 
+    blocks: Any
+
     def __init__(self, first: ResidualBlock, second: ResidualBlock, resample: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([first, second])
@@ -158,6 +162,9 @@ class DenoisingUNet(Denoiser):
 
     Config = DenoisingUNetConfig
     steps: Tensor
+    down: Any
+    """Each a `Level`, as those of ``up``."""
+    up: Any
 
     def __init__(
         self, latent_shape: tuple[int, int], obs_shape: tuple[int, int], num_timesteps: int, config: DenoisingUNetConfig

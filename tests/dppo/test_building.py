@@ -145,6 +145,15 @@ def test_a_checkpoint_implies_the_choices_that_go_with_it(small_policy, tmp_path
     assert implied_choices(config, {"checkpoint", "task", "policy"}) == []
 
 
+def test_a_checkpoint_of_another_type_of_network_implies_its_choice(small_policy, point_task, tmp_path):
+    network = {"type": "unet", "down_dims": [8]}
+    policy = small_policy("diffusion", finetuned_steps=None, network=network)
+    run = save_checkpoint(tmp_path / "run" / "checkpoints" / "1", policy, point_task, {}).parent.parent
+    config = compose_config("finetune", [f"checkpoint={run}"])
+    assert implied_choices(config, {"checkpoint"}) == ["policy=diffusion", "network=unet"]
+    assert implied_choices(config, {"checkpoint", "network"}) == ["policy=diffusion"]
+
+
 def test_a_task_that_is_no_choice_here_is_not_implied(pretrained):
     assert implied_choices(compose_config("finetune", [f"checkpoint={pretrained}"]), set()) == ["policy=diffusion"]
 

@@ -29,7 +29,10 @@ SEVERAL = {**CATEGORICAL, "action_dim": 5, "choices": [3, 2]}
 DIFFUSION = {"type": "diffusion", "network": RESIDUAL, "chunk": 3, "denoising_steps": 5}
 DDIM = {**DIFFUSION, "denoising_steps": 20, "sampler": {"steps": 5, "eta": 0.7, "evaluation_eta": 0.0}}
 LEARNED = {"steps": 5, "eta": 0.7, "evaluation_eta": 0.0, "eta_range": [0.3, 1.0]}
-UNET = {**DIFFUSION, "network": {"type": "unet", "down_dims": [8, 12, 16], "groups": 4, "final_groups": 2, "step_dim": 8}}
+UNET = {
+    **DIFFUSION,
+    "network": {"type": "unet", "down_dims": [8, 12, 16], "groups": 4, "final_groups": 2, "step_dim": 8},
+}
 TRANSFORMER = {**DIFFUSION, "network": {"type": "transformer", "width": 8, "layers": 2, "heads": 2}}
 
 CASES: dict[str, dict[str, Any]] = {

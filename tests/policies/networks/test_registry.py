@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from policies import UserError
-from policies.networks.mlp import MLP, DenoisingMLP
-from policies.networks.registry import build_denoiser, build_head
+from policies.networks.mlp import MLP
+from policies.networks.registry import DENOISERS, build_denoiser, build_head
 
 BUILDERS = {
     "denoiser": lambda network: build_denoiser(network, (2, 3), (1, 5), 4),
@@ -16,10 +16,18 @@ each_builder = pytest.mark.parametrize("builder", BUILDERS)
 
 
 @each_builder
-@pytest.mark.parametrize("network", [{"type": "unet"}, {"hidden_dims": [8]}, {"type": None}, {"type": ["mlp"]}])
+@pytest.mark.parametrize("network", [{"hidden_dims": [8]}, {"type": None}, {"type": ["mlp"]}])
 def test_an_unknown_network_type_is_refused_with_the_known_ones(builder: str, network: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=re.escape(f"network type {network.get('type')!r}; known are mlp")):
+    known = {"denoiser": "mlp, transformer, unet", "head": "mlp"}[builder]
+    with pytest.raises(UserError, match=re.escape(f"network type {network.get('type')!r}; known are {known}")):
         BUILDERS[builder](network)
+
+
+def test_a_denoising_network_is_no_head_and_a_misspelt_one_has_a_near_miss() -> None:
+    with pytest.raises(UserError, match="this policy cannot use the network type 'unet'; known are mlp"):
+        BUILDERS["head"]({"type": "unet"})
+    with pytest.raises(UserError, match=r"network type 'transfomer' \(did you mean transformer\?\); known are"):
+        BUILDERS["denoiser"]({"type": "transfomer"})
 
 
 @each_builder
@@ -28,10 +36,16 @@ def test_a_misspelt_setting_is_refused_with_its_near_miss(builder: str) -> None:
         BUILDERS[builder]({"type": "mlp", "hiden_dims": [8]})
 
 
-def test_a_denoiser_has_the_shapes_it_is_built_for() -> None:
-    network = build_denoiser({"type": "mlp", "hidden_dims": [8]}, (2, 3), (1, 5), 4)
-    assert isinstance(network, DenoisingMLP)
+@pytest.mark.parametrize("name", DENOISERS)
+def test_every_denoiser_has_the_shapes_it_is_built_for(name: str) -> None:
+    network = build_denoiser({"type": name}, (2, 3), (1, 5), 4)
+    assert type(network) is DENOISERS[name]
     assert network(torch.zeros(6, 2, 3), torch.arange(6) % 4, torch.zeros(6, 5)).shape == (6, 2, 3)
+
+
+def test_a_setting_of_another_network_is_refused() -> None:
+    with pytest.raises(UserError, match="network 'unet' has no setting 'hidden_dims'"):
+        build_denoiser({"type": "unet", "hidden_dims": [8]}, (2, 3), (1, 5), 4)
 
 
 def test_a_head_starts_with_outputs_as_small_as_its_gain() -> None:

@@ -229,7 +229,7 @@ def test_all_that_step_and_observation_say_to_the_blocks_is_computed_once_for_a_
         ({"kernel_size": 4}, "kernel_size must be odd, not 4"),
         ({"activation": "mush"}, "unknown activation 'mush'"),
         ({"step_dim": 7}, "step_dim must be even and at least 4, not 7"),
-        ({"obs_dims": [8]}, r"obs_dims needs an odd number of equal widths .* not \[8\]"),
+        ({"obs_dims": [8]}, r"obs_dims needs an odd number of equal widths and .* not \[8\]"),
         ({"obs_dims": [8, 4, 4, 2]}, "obs_dims needs an odd number of equal widths"),
     ],
 )
