@@ -300,6 +300,12 @@ def test_the_number_of_updates_between_rows_does_not_change_the_weights(make_clo
     assert all(torch.equal(value, weights(many.averaged)[name]) for name, value in weights(one.averaged).items())
 
 
+def test_a_policy_drops_entries_while_it_learns_and_its_average_never_does(make_cloner):
+    cloner = make_cloner()
+    assert cloner.policy.training
+    assert not any(module.training for module in cloner.averaged.modules())
+
+
 def test_the_validation_loss_is_the_averaged_policys_on_the_same_windows_and_noise_every_time(make_cloner):
     cloner = make_cloner()
     cloner.run(10)

@@ -551,3 +551,29 @@ def test_behaviour_cloning_learns_the_distribution_of_the_demonstrations_for_ddp
     for sampler in (Sampler(), Sampler(steps=5, eta=0.0), Sampler(steps=10, eta=0.5)):
         actions = policy.with_sampler(sampler).sample(obs, generator=generator).action
         assert energy_distance(actions, data) < 0.03
+
+
+# --- dropout
+
+
+def test_dropout_acts_in_imitation_while_training_and_nowhere_else() -> None:
+    network = {"type": "transformer", "width": 8, "heads": 2, "attention_dropout": 0.5}
+    policy = diffusion(network=network, finetuned_steps=3).train()
+    obs = observations(policy)
+    action = torch.zeros(BATCH, CHUNK, ACTION_DIM)
+
+    def outcomes() -> list[Tensor]:
+        seeded = torch.Generator().manual_seed(0)
+        sample = policy.sample(obs, generator=seeded)
+        law = policy.transition(obs, sample.chain[:, 0], torch.zeros(BATCH, dtype=torch.int64))
+        return [
+            sample.chain,
+            law.log_prob(sample.chain[:, 1]),
+            policy.imitation_loss(obs, action, torch.Generator().manual_seed(0)),
+        ]
+
+    training = outcomes()
+    policy.eval()
+    *same, loss = outcomes()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(training[:2], same, strict=True))
+    assert training[2] != loss
