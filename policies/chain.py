@@ -114,7 +114,11 @@ class DiffusionPolicy(Policy, type="diffusion"):
         """The denoiser of the steps before them; None where there are none."""
         if self.num_steps < len(self.timesteps):
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
-        self.eta = None if config.sampler.learned_eta is None else Eta(config.sampler, config.history * config.obs_dim, config.action_dim)
+        self.eta = (
+            None
+            if config.sampler.learned_eta is None
+            else Eta(config.sampler, config.history * config.obs_dim, config.action_dim)
+        )
         """Where it is learned."""
         levels = noise_levels(config.denoising_steps, config.beta_schedule, config.beta_range)
         self.register_buffer("alpha_bar", levels.alpha_bar, persistent=False)  # [S]

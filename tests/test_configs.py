@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from dppo.building import build_policy, build_task, build_update_rule
+from dppo.building import DEFAULT_SAMPLER, PARTS, build_policy, build_task, build_update_rule
 from dppo.cli import COMMANDS
 from dppo.cloning import CloningConfig
 from dppo.commands.finetune import trainer_config
@@ -26,6 +26,7 @@ from dppo.updates.rules import CONFIGS
 from policies import Policy, UserError
 from policies.config import config_from_dict
 from policies.networks.registry import DENOISERS
+from policies.samplers import Sampler
 
 TRAINING = ("collect", "pretrain", "finetune")
 FILES = sorted(path.relative_to(config_directory()) for path in config_directory().rglob("*.yaml"))
@@ -101,6 +102,8 @@ def test_every_choice_of_every_group_composes_with_the_commands_that_have_the_gr
     group, name = choice.parent.name, choice.stem
     commands = [command for command in COMMANDS if group in groups_of(command)]
     assert commands, f"no command has the group {group}"
+    if group == "sampler":  # of a diffusion policy
+        commands = ["pretrain", "finetune"]
     for command in commands if group != "experiment" else ["finetune"]:
         build_everything(command, compose_config(command, [f"{group}={name}"]))
 
@@ -231,9 +234,20 @@ def test_every_task_lists_every_setting_that_a_task_has(name):
 @pytest.mark.parametrize("name", options("policy"))
 def test_every_policy_lists_every_setting_that_it_has(name):
     listed = set(compose_config("finetune", [f"policy={name}"])["policy"]) - {"type"}
-    own = fields(Policy.registry[name].Config) - {"obs_dim", "action_dim", "network"}
+    own = fields(Policy.registry[name].Config) - {"obs_dim", "action_dim", *PARTS}
     fixed = {"categorical": {"executed", "choices", "masked"}, "mixture": {"executed"}}  # by the task, or at all
     assert listed == own - fixed.get(name, set())
+
+
+@pytest.mark.parametrize("name", options("sampler"))
+def test_every_sampler_lists_every_setting_that_a_sampler_has(name):
+    assert keys("sampler", f"{name}.yaml") == fields(Sampler)
+
+
+def test_the_default_sampler_is_that_of_a_policy_that_names_none():
+    settings = compose_config("finetune", [])["sampler"]
+    assert settings == compose_config("finetune", [f"sampler={DEFAULT_SAMPLER}"])["sampler"]
+    assert config_from_dict(Sampler, settings, "sampler") == Sampler()
 
 
 @pytest.mark.parametrize("command", ["finetune", "pretrain"])

@@ -13,13 +13,15 @@ from dppo.building import (
     implied_choices,
     scratch_policy,
     starting_point,
+    with_sampler,
 )
 from dppo.checkpoint import save_checkpoint
 from dppo.configuration import compose_config, overridden_keys
 from dppo.envs.vector import space_dims
 from dppo.task import Task
 from dppo.updates.first_order import PPOConfig
-from policies import Policy, UserError
+from policies import DiffusionPolicy, Policy, UserError
+from policies.samplers import Sampler
 
 SMALL = ["network.hidden_dims=[8,8,8]", "policy.denoising_steps=4", "policy.finetuned_steps=2"]
 
@@ -47,6 +49,53 @@ def finetuned(small_policy: Callable[..., Policy], point_task: Task, tmp_path: P
 def start(path: Path, *overrides: str, policy: str = "diffusion") -> Any:
     config = compose(f"checkpoint={path}", *overrides, policy=policy)
     return starting_point(config, overridden_keys(overrides))[0]
+
+
+# --- samplers
+
+
+def test_a_pretrained_policy_is_finetuned_under_the_sampler_that_is_named(pretrained):
+    policy = start(pretrained, "sampler=ddim", "sampler.steps=2")
+    assert (policy.config.sampler.steps, policy.config.sampler.evaluation_eta) == (2, 0.0)
+    assert policy.num_steps == policy.config.finetuned_steps == 2
+
+
+def test_the_default_number_of_finetuned_steps_is_no_more_than_a_sampler_has(pretrained):
+    policy = start(pretrained, "sampler=ddim", "sampler.steps=1")
+    assert policy.num_steps == 1
+    with pytest.raises(UserError, match=r"finetuned_steps must lie between 1 and sampler.steps = 1, not 2"):
+        start(pretrained, "sampler=ddim", "sampler.steps=1", "policy.finetuned_steps=2")
+
+
+def test_a_checkpoint_keeps_its_own_sampler_unless_another_is_named(pretrained, tmp_path, point_task):
+    policy = start(pretrained, "sampler=ddim", "sampler.steps=2")
+    saved = save_checkpoint(tmp_path / "ddim" / "checkpoints" / "1", policy, point_task, {})
+    assert start(saved).config.sampler == policy.config.sampler
+    assert start(saved, "sampler=ddpm").config.sampler == Sampler()
+
+
+def test_a_policy_from_scratch_has_the_sampler_that_is_named():
+    config = compose("checkpoint=scratch", "sampler=ddim", "sampler.steps=2")
+    policy = scratch_policy(config, build_task(config))
+    assert isinstance(policy, DiffusionPolicy) and policy.num_steps == policy.config.sampler.steps == 2
+
+
+def test_a_policy_without_a_chain_has_no_sampler(small_policy):
+    with pytest.raises(UserError, match=r"a gaussian policy has no sampler; leave sampler=... out"):
+        with_sampler(small_policy("gaussian"), {"steps": 5})
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sampler.steps=9", "sampler.steps must not exceed denoising_steps = 4, but is 9"),
+        ("sampler.eta=2", r"sampler: eta must lie in \[0, 1\], not 2"),
+        ("+sampler.stepz=2", r"sampler has no setting 'stepz' \(did you mean steps"),
+    ],
+)
+def test_a_wrong_setting_of_the_sampler_is_named(pretrained, override, says):
+    with pytest.raises(UserError, match=says):
+        start(pretrained, "sampler=ddim", override)
 
 
 # --- from a checkpoint

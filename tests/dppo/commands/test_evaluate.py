@@ -52,6 +52,14 @@ def test_the_table_shows_return_and_success(command, saved, tmp_path, capsys):
     assert number(summary["evaluation"]["return_mean"]) in shown
 
 
+def test_a_checkpoint_is_evaluated_under_another_sampler(command, saved, tmp_path):
+    own = command("evaluate", f"checkpoint={saved}", f"run={tmp_path / 'own'}")
+    ddim = ["sampler=ddim", "sampler.steps=4"]
+    other = command("evaluate", f"checkpoint={saved}", f"run={tmp_path / 'other'}", *ddim)
+    assert own["evaluation"] != other["evaluation"]
+    assert "steps: 4" in (tmp_path / "other" / "config.yaml").read_text()
+
+
 # --- errors
 
 
