@@ -6,8 +6,8 @@ Schulman et al. 2017; Ren et al. 2024, algorithm 1.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,117 +15,16 @@ from torch import Tensor, nn
 from dppo.advantages import explained_variance, inner_discount, normalized
 from dppo.critic import Critic, SharedCritic
 from dppo.precision import computing_in
-from dppo.surrogates import LogRatio, approximate_kl, clip_ranges, entropy_terms, log_ratio, value_losses
+from dppo.surrogates import approximate_kl, entropy_terms, log_ratio, value_losses
 from dppo.threads import single_thread
 from dppo.updates.batch import Batch, JointPairs, Pairs, minibatches
-from dppo.updates.config import UpdateConfig
 from dppo.updates.critic_fit import CriticFit
+from dppo.updates.first_order_config import FirstOrderConfig
 from dppo.updates.objective import Objective, Rows, as_it_is
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.schedule import schedule_factor
 from dppo.updates.step import make_step
-from dppo.updates.surrogate import ClippedRatio, LogLikelihood, PenalisedRatio, Surrogate
 from policies import Policy, log_prob_factors
-
-
-@dataclass(frozen=True)
-class FirstOrderConfig(UpdateConfig):
-    """Settings of `FirstOrder` with the policy gradient itself as surrogate: VPG and A2C."""
-
-    epochs: int = 1
-    """Passes over the rollout."""
-    batch_size: int | None = None
-    """At most so many (environment step, inner step) pairs in a minibatch; None: all of them."""
-    learning_rate: float = 3e-4
-
-    entropy_coefficient: float = 0.0
-    """Of the policy's entropy, as a bonus."""
-    target_kl: float | None = None
-    """Take no more steps in an update once the `approximate_kl` exceeds this; None: never mind."""
-    target_kl_of: Literal["minibatch", "epoch"] = "minibatch"
-    """What it is estimated over, and looked at before the next step or after all steps of."""
-    log_ratio: LogRatio = "sum"
-    """``sum``: true ratio of the chunk; ``mean``: over its dimensions, as the original DPPO has it."""
-    log_prob_clamp: tuple[float, float] | None = None
-    """Bounds of each factor's log-likelihood; [-5, 2] in the original DPPO."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_at_least_one("epochs", "batch_size")
-        self.check_not_negative("learning_rate", "entropy_coefficient")
-        self.check_positive("target_kl")
-        if self.log_prob_clamp is not None and not self.log_prob_clamp[0] < self.log_prob_clamp[1]:
-            raise ValueError(f"log_prob_clamp must be [low, high], not {list(self.log_prob_clamp)}")
-
-    def check_that_kl_can_be_seen(self) -> None:
-        """Refuse a single step per update: the KL is that before each step, and before the first it is 0."""
-        if self.epochs == 1 and self.batch_size is None:
-            raise ValueError("desired_kl needs more than one step per update: set epochs or batch_size")
-
-    def surrogate(self, num_steps: int, device: torch.device) -> Surrogate:
-        """What is minimised, for a policy of K = ``num_steps`` inner steps."""
-        return LogLikelihood()
-
-    def next_speed(self, speed: float, kl: float) -> float:
-        """A factor on the learning rate, from that of an update and the KL of its last epoch."""
-        return speed
-
-
-@dataclass(frozen=True)
-class PPOConfig(FirstOrderConfig):
-    """Settings of `FirstOrder` with the clipped ratio as surrogate."""
-
-    epochs: int = 10
-    batch_size: int | None = 2048
-    clip: float = 0.2
-    """Clip range of the ratio at the inner step next to the action."""
-    clip_base: float | None = None
-    """Clip range at the first inner step; None: the same as ``clip``."""
-    clip_rate: float = 3.0
-    """How sharply the clip range grows in between."""
-    dual_clip: float | None = None
-    """Bound of the loss where an advantage is negative, in multiples of the advantage, above 1; None: no bound."""
-    desired_kl: float | None = None
-    """Adapt the learning rate to it: divide it by 1.5 after an update whose last epoch had a KL above twice this,
-    multiply it by 1.5 where that was below half of this, tenfold at most either way. None: leave it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_not_negative("clip", "clip_base", "clip_rate")
-        self.check_positive("desired_kl")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip must be above 1, not {self.dual_clip}")
-        if self.desired_kl is not None:
-            self.check_that_kl_can_be_seen()
-
-    def surrogate(self, num_steps: int, device: torch.device) -> Surrogate:
-        base = self.clip if self.clip_base is None else self.clip_base
-        return ClippedRatio(clip_ranges(num_steps, base, self.clip, self.clip_rate).to(device), self.dual_clip)
-
-    def next_speed(self, speed: float, kl: float) -> float:
-        if self.desired_kl is None or self.desired_kl / 2 <= kl <= 2 * self.desired_kl:
-            return speed
-        return min(max(speed * (1 / 1.5 if kl > self.desired_kl else 1.5), 0.1), 10.0)
-
-
-@dataclass(frozen=True)
-class PPOKLConfig(FirstOrderConfig):
-    """Settings of `FirstOrder` with a KL penalty in the surrogate."""
-
-    epochs: int = 10
-    batch_size: int | None = 2048
-    kl_penalty: float = 1.0
-    """Its coefficient beta at first."""
-    desired_kl: float = 0.01
-    """Beta is doubled or halved after an update whose last epoch had a KL 1.5 times above or below this."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("kl_penalty", "desired_kl")
-        self.check_that_kl_can_be_seen()
-
-    def surrogate(self, num_steps: int, device: torch.device) -> Surrogate:
-        return PenalisedRatio(self.kl_penalty, self.desired_kl, device)
 
 
 class FirstOrder:

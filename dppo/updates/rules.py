@@ -9,7 +9,8 @@ import torch
 from dppo.critic import Critic, SharedCritic
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
-from dppo.updates.first_order import FirstOrder, FirstOrderConfig, PPOConfig, PPOKLConfig
+from dppo.updates.first_order import FirstOrder
+from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
 from policies import Policy, UserError
 

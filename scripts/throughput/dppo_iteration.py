@@ -19,7 +19,7 @@ from dppo.commands.finetune import trainer_config
 from dppo.configuration import compose_config
 from dppo.output.metrics import Row
 from dppo.trainer import Trainer
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies.chain import DiffusionPolicy
 from policies.networks.mlp import MLP
 from throughput.flops import DenoiserFlops, chain_flops, forward_flops, training_flops

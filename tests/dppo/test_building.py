@@ -19,7 +19,7 @@ from dppo.checkpoint import save_checkpoint
 from dppo.configuration import compose_config, overridden_keys
 from dppo.envs.vector import space_dims
 from dppo.task import Task
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies import DiffusionPolicy, Policy, UserError
 from policies.samplers import Sampler
 

@@ -11,7 +11,7 @@ from dppo import checkpoint
 from dppo.checkpoint import find_policy, load_policy, save_checkpoint
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies import Policy, UserError
 
 

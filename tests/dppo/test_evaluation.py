@@ -11,7 +11,7 @@ from dppo.evaluation import EvaluationConfig, evaluate, evaluate_with_progress
 from dppo.rollout import EpisodeResult
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies import Policy, UserError
 
 KINDS = ("gaussian", "categorical", "diffusion")

@@ -13,7 +13,7 @@ from dppo.evaluation import EvaluationConfig, evaluate
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.config import UpdateConfig
-from dppo.updates.first_order import FirstOrderConfig, PPOConfig, PPOKLConfig
+from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig
 from dppo.updates.natural import NaturalConfig, TRPOConfig
 from policies import Policy
 

@@ -11,7 +11,7 @@ from dppo.precision import computing_in
 from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies import Policy
 
 KINDS = ("gaussian", "categorical", "diffusion")

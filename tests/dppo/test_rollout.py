@@ -17,7 +17,7 @@ from dppo.rollout import Actor, EpisodeResult, EpisodeTracker, Rollout, Storage,
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies import Policy
 
 MODES = list(AutoresetMode)

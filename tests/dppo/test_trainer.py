@@ -9,7 +9,7 @@ from torch import Tensor
 from dppo.output.metrics import Row
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies import Policy
 
 KINDS = ("gaussian", "categorical", "diffusion")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies.chain import DiffusionConfig, DiffusionPolicy
 from policies.networks.mlp import MLP, MLPConfig
 from throughput import cloning, comparison, dppo_iteration, gaussian

@@ -13,7 +13,7 @@ from dppo.commands import finetune
 from dppo.output.metrics import read_metrics
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies import Policy
 
 SCRATCH = ("checkpoint=scratch", "policy=gaussian", "network.hidden_dims=[8]")

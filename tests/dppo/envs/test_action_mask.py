@@ -13,7 +13,7 @@ from dppo.configuration import compose_config
 from dppo.envs.vector import make_env, make_vector_env, space_dims
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.first_order import PPOConfig
+from dppo.updates.first_order_config import PPOConfig
 from policies import CategoricalPolicy, UserError
 
 SPACES = {"discrete": Discrete(3), "several": MultiDiscrete([3, 2]), "binary": MultiBinary(4)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.compiled import CompiledStep
-from dppo.updates.first_order import PPOKLConfig
+from dppo.updates.first_order_config import PPOKLConfig
 from dppo.updates.gradient import GradientStep
 from dppo.updates.objective import Objective, Rows, as_it_is
 from dppo.updates.optimizer import FlatAdamW

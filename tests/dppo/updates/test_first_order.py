@@ -16,7 +16,8 @@ from dppo.rollout import collect_rollout
 from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch, Pairs, Targets
-from dppo.updates.first_order import FirstOrder, FirstOrderConfig, PPOConfig, PPOKLConfig
+from dppo.updates.first_order import FirstOrder
+from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig
 from dppo.updates.natural import TRPOConfig
 from dppo.updates.objective import Rows
 from dppo.updates.rules import make_update_rule

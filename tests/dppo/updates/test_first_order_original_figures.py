@@ -7,7 +7,8 @@ from original import CASES, Figures, new_name
 from dppo.critic import Critic
 from dppo.surrogates import approximate_kl, value_losses
 from dppo.updates.batch import Batch, Pairs, Targets
-from dppo.updates.first_order import FirstOrder, PPOConfig
+from dppo.updates.first_order import FirstOrder
+from dppo.updates.first_order_config import PPOConfig
 from dppo.updates.gradient import MeanGradient
 
 
