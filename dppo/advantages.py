@@ -44,7 +44,7 @@ def inner_discount(num_steps: int, inner_gamma: float) -> Tensor:
 
 
 def normalized(advantages: Tensor) -> Tensor:
-    """Zero mean and unit deviation over a batch [B]; a single sample becomes 0, not NaN."""
+    """Zero mean and unit deviation over all entries; a single one becomes 0, not NaN."""
     if advantages.numel() < 2:
         return torch.zeros_like(advantages)
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)

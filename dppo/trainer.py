@@ -157,7 +157,7 @@ class Trainer:
             obs=rows(rollout.obs),
             chain=rows(rollout.chain),
             log_prob_factors=rows(rollout.log_prob_factors),
-            advantages=rows(advantages),
+            advantages=rows(advantages)[:, None].expand(-1, self.policy.num_steps),
             returns=rows(returns),
             values=rows(values),
         )

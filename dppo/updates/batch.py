@@ -24,7 +24,7 @@ class Batch:
     log_prob_factors: Tensor
     """[M, K, *F] under the policy that sampled"""
     advantages: Tensor
-    """[M] of the action"""
+    """[M, K] of the action, as each inner step is told"""
     returns: Tensor
     """[M] targets of the critic"""
     values: Tensor
@@ -52,7 +52,7 @@ class Batch:
             steps,
             self.chain[rows, steps + 1],
             self.log_prob_factors[rows, steps],
-            self.advantages[rows],
+            self.advantages[rows, steps],
         )
 
     def joint_pairs(self, indices: Tensor) -> JointPairs:
@@ -80,7 +80,7 @@ class Pairs:
     log_prob_factors: Tensor
     """[B, *F] of z_{k+1} under the policy that sampled"""
     advantages: Tensor
-    """[B] of the environment step's action"""
+    """[B]"""
 
     def __len__(self) -> int:
         return len(self.step)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from dppo.advantages import normalized
 from dppo.precision import Precision
 from dppo.updates.schedule import Schedule
 
@@ -51,6 +54,15 @@ class UpdateConfig:
         self.check_at_least_one("critic_epochs", "critic_batch_size")
         self.check_not_negative("critic_learning_rate", "weight_decay", "critic_warmup_iterations")
         self.check_positive("max_grad_norm", "value_clip")
+
+    def weights(self, advantages: Tensor, discount: Tensor) -> Tensor:
+        """What a surrogate weights pairs with: their advantages over one another, worth less far from the action.
+
+        Args:
+            advantages: of all pairs that are looked at together.
+            discount: broadcasts to them, `inner_discount` of their inner steps.
+        """
+        return (normalized(advantages) if self.normalize_advantages else advantages) * discount
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dppo.advantages import explained_variance, inner_discount, normalized
+from dppo.advantages import explained_variance, inner_discount
 from dppo.critic import Critic, SharedCritic
 from dppo.precision import computing_in
 from dppo.surrogates import approximate_kl, entropy_terms, log_ratio, value_losses
@@ -20,7 +20,7 @@ from dppo.threads import single_thread
 from dppo.updates.batch import Batch, JointPairs, Pairs, minibatches
 from dppo.updates.critic_fit import CriticFit
 from dppo.updates.first_order_config import FirstOrderConfig
-from dppo.updates.objective import Objective, Rows, as_it_is
+from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.schedule import schedule_factor
 from dppo.updates.step import make_step
@@ -56,7 +56,7 @@ class FirstOrder:
         self.objective = Objective(
             trained,
             self.rows,
-            prepare=_with_normalized_advantages if config.normalize_advantages else as_it_is,
+            prepare=self.weighted,
             allow=None if limit is None else lambda rows: ~(approximate_kl(rows[1]) > limit),  # NaN is found later
         )
         self._step = make_step(self.objective, self.optimizer, compile=config.compile)
@@ -64,8 +64,12 @@ class FirstOrder:
         # Of metrics that are means over pairs.
         self._names = ("loss" if self.shared else "policy_loss", "approx_kl", *names)
 
+    def weighted(self, pairs: Pairs) -> Pairs:
+        """A minibatch with advantages as the surrogate takes them."""
+        return replace(pairs, advantages=self.config.weights(pairs.advantages, self.discount[pairs.step]))
+
     def rows(self, pairs: Pairs) -> Rows:
-        """Of B pairs, their advantages taken as they are: losses, log-ratios, and what the surrogate knows."""
+        """Of B `weighted` pairs: losses, log-ratios, and what the surrogate knows."""
         with computing_in(self.config.precision, pairs.obs.device):
             law = self.policy.transition(pairs.obs, pairs.latent, pairs.step)
         factors = log_prob_factors(law, pairs.following)
@@ -76,8 +80,7 @@ class FirstOrder:
             self.config.log_prob_clamp,
             self.policy.config.executed,
         )
-        advantages = pairs.advantages * self.discount[pairs.step]
-        losses, *known = self.surrogate.rows(log_ratios, advantages, pairs.step)
+        losses, *known = self.surrogate.rows(log_ratios, pairs.advantages, pairs.step)
         if self.config.entropy_coefficient > 0:
             losses = losses - self.config.entropy_coefficient * entropy_terms(
                 law, factors, log_ratios, self.policy.config.executed
@@ -162,7 +165,3 @@ class FirstOrder:
             "speed": self.speed,
             "generator": self.generator.get_state(),
         }
-
-
-def _with_normalized_advantages(pairs: Pairs) -> Pairs:
-    return replace(pairs, advantages=normalized(pairs.advantages))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from dppo.advantages import explained_variance, inner_discount, normalized
+from dppo.advantages import explained_variance, inner_discount
 from dppo.critic import Critic
 from dppo.precision import computing_in
 from dppo.surrogates import kl_terms, log_ratio, ratio_of
@@ -132,9 +132,12 @@ class NaturalGradient:
             "explained_variance": explained_variance(batch.values, batch.returns),
         }
 
+    def weighted(self, batch: Batch) -> Batch:
+        """A rollout with advantages as the surrogate takes them."""
+        return replace(batch, advantages=self.config.weights(batch.advantages, self.discount))
+
     def _learn(self, batch: Batch) -> dict[str, float]:
-        if self.config.normalize_advantages:
-            batch = replace(batch, advantages=normalized(batch.advantages))
+        batch = self.weighted(batch)
         values = self.parameters.values
         self.parameters.check_views()
         laws: list[Distribution] = []
@@ -176,15 +179,12 @@ class NaturalGradient:
         new = log_prob_factors(law, pairs.following)
         return log_ratio(new, pairs.log_prob_factors, "sum", executed=self.policy.config.executed)
 
-    def _weights(self, pairs: Pairs) -> Tensor:
-        return pairs.advantages * self.discount[pairs.step]
-
     def _gradient(self, batch: Batch) -> Tensor:
         """[P], of `Judgement.objective`."""
 
         def of_part(part: tuple[Tensor, ...], memory: Tensor | None) -> tuple[Tensor, None]:
             pairs = batch.pairs(part[0])
-            objective = ratio_of(self._log_ratios(self._law(pairs), pairs)) * self._weights(pairs)
+            objective = ratio_of(self._log_ratios(self._law(pairs), pairs)) * pairs.advantages
             return self.parameters.gradient(objective.mean(), memory), None
 
         gradient, _ = self._mean(of_part, (_all_pairs(batch),))
@@ -223,7 +223,7 @@ class NaturalGradient:
             log_ratios = self._log_ratios(law, pairs)
             kl = torch.zeros_like(log_ratios) if fresh else _kl(laws[number], law, log_ratios)
             last = torch.where(pairs.step == batch.num_steps - 1, kl, 0.0)
-            columns = ratio_of(log_ratios) * self._weights(pairs), kl, last, kl_terms(log_ratios)
+            columns = ratio_of(log_ratios) * pairs.advantages, kl, last, kl_terms(log_ratios)
             return law, torch.stack([column.double().sum() for column in columns])
 
         found = map_in_threads(sums, range(len(parts)), self.threads)

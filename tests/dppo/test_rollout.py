@@ -319,7 +319,9 @@ def test_the_batch_is_the_same_in_every_autoreset_mode_without_the_bogus_rows_of
         assert len(batch) == int(rollout.valid.sum())
         assert (mode is AutoresetMode.NEXT_STEP) == (len(batch) < 60 * NUM_ENVS)
         env, episode = torch.arange(NUM_ENVS).expand(60, -1)[rollout.valid], batch.obs[:, -1, 1]
-        rows = torch.stack([env, episode, batch.obs[:, -1, 0], batch.values, batch.advantages, batch.returns], dim=1)
+        rows = torch.stack(
+            [env, episode, batch.obs[:, -1, 0], batch.values, batch.advantages[:, 0], batch.returns], dim=1
+        )
         # Episodes 0 to 7 are whole in every mode; in order of environment, episode and step.
         found.append(sorted(rows[episode < 8].tolist()))
     chunks = [-(-length // chunk) for length in LENGTHS]

@@ -30,7 +30,7 @@ def numbered_batch(rows: int = 7, steps: int = 3) -> Batch:
         obs=row[:, None, None].expand(rows, 1, 2),
         chain=(row[:, None] + torch.arange(steps + 1))[..., None].expand(rows, steps + 1, 5),
         log_prob_factors=(row[:, None] + torch.arange(steps))[..., None].expand(rows, steps, 5),
-        advantages=row + 1,
+        advantages=row[:, None] + torch.arange(steps) / 10,
         returns=row + 2,
         values=row + 3,
     )
@@ -99,7 +99,7 @@ def test_a_pair_is_an_inner_step_of_a_row_with_the_latents_on_both_sides_of_it()
     assert pairs.latent[:, 0].tolist() == [0, 602, 201, 201]
     assert pairs.following[:, 0].tolist() == [1, 603, 202, 202]
     assert pairs.log_prob_factors[:, 0].tolist() == [0, 602, 201, 201]
-    assert pairs.advantages.tolist() == [1, 601, 201, 201]
+    assert pairs.advantages.tolist() == pytest.approx([0, 600.2, 200.1, 200.1])
 
 
 def test_what_the_critic_learns_from_belongs_to_the_same_row():

@@ -77,7 +77,7 @@ def rollout_batch(trainer: Trainer) -> Batch:
 def numbered(batch: Batch) -> Batch:
     """The batch with the number of each row as its advantage and return, so that `Spy` can tell the rows."""
     rows = torch.arange(len(batch)).float()
-    return dataclasses.replace(batch, advantages=rows, returns=rows)
+    return dataclasses.replace(batch, advantages=rows[:, None].expand_as(batch.advantages), returns=rows)
 
 
 def all_pairs(batch: Batch) -> Pairs:
@@ -99,7 +99,7 @@ class Result(NamedTuple):
 class Spy:
     """Keeps what an update rule's losses were asked for of a `numbered` batch, and what they answered.
 
-    Only advantages that are not normalised tell the rows.
+    Only advantages that are neither normalised nor discounted tell the rows.
     """
 
     def __init__(self, rule: FirstOrder) -> None:
@@ -160,7 +160,8 @@ def test_the_gradient_at_the_old_policy_is_the_policy_gradient(make_trainer, kin
     config = {"normalize_advantages": False, "log_ratio": reduction, "inner_gamma": 0.9, "clip": 0.1}
     trainer = make_trainer(kind, **config)
     batch, policy = rollout_batch(trainer), trainer.policy
-    loss = trainer.update_rule.rows(all_pairs(batch))[0].mean()
+    rule = trainer.update_rule
+    loss = rule.rows(rule.weighted(all_pairs(batch)))[0].mean()
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     surrogate = torch.autograd.grad(loss, parameters)
 
@@ -171,7 +172,7 @@ def test_the_gradient_at_the_old_policy_is_the_policy_gradient(make_trainer, kin
     if factors.dim() > 1:
         factors = factors[:, : policy.config.executed].flatten(1)
         factors = factors.sum(1) if reduction == "sum" else factors.mean(1)
-    weight = batch.advantages[rows] * inner_discount(policy.num_steps, 0.9)[steps]
+    weight = batch.advantages[rows, steps] * inner_discount(policy.num_steps, 0.9)[steps]
     reinforce = torch.autograd.grad(-(weight * factors).mean(), parameters)
     assert any(gradient.abs().max() > 1e-4 for gradient in reinforce)
     for ours, expected in zip(surrogate, reinforce, strict=True):
@@ -182,8 +183,9 @@ def test_the_inner_discount_weights_the_steps_of_the_chain(make_trainer):
     trainer = make_trainer("diffusion", normalize_advantages=False, inner_gamma=0.5)
     batch = rollout_batch(trainer)
     row = torch.tensor([5])
-    losses = [trainer.update_rule.rows(pairs_at(batch, row, step))[0].item() for step in range(3)]
-    advantage = float(batch.advantages[5])
+    rule = trainer.update_rule
+    losses = [rule.rows(rule.weighted(pairs_at(batch, row, step)))[0].item() for step in range(3)]
+    advantage = float(batch.advantages[5, 0])
     assert losses == pytest.approx([-0.25 * advantage, -0.5 * advantage, -advantage], rel=1e-3)
 
 
@@ -234,7 +236,7 @@ def test_without_normalisation_advantages_are_taken_as_they_are(make_trainer):
     spy = Spy(trainer.update_rule)
     batch = rollout_batch(trainer)
     trainer.update_rule.update(batch, progress=0.0, iteration=0)
-    assert sorted(advantage for advantage, _ in spy.pairs[0]) == sorted(batch.advantages.tolist())
+    assert sorted(advantage for advantage, _ in spy.pairs[0]) == sorted(batch.advantages[:, 0].tolist())
 
 
 # --- what an update covers
@@ -243,7 +245,8 @@ def test_without_normalisation_advantages_are_taken_as_they_are(make_trainer):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 19, 31, 32, 95, 96, 10_000])
 def test_every_pair_is_seen_once_an_epoch_and_so_is_every_row_by_the_critic(make_trainer, kind, batch_size):
-    trainer = make_trainer(kind, epochs=2, batch_size=batch_size, learning_rate=1e-5, normalize_advantages=False)
+    as_they_are = {"normalize_advantages": False, "inner_gamma": 1.0}
+    trainer = make_trainer(kind, epochs=2, batch_size=batch_size, learning_rate=1e-5, **as_they_are)
     spy = Spy(trainer.update_rule)
     batch = numbered(rollout_batch(trainer))
     trainer.update_rule.update(batch, progress=0.0, iteration=0)
@@ -618,7 +621,7 @@ def test_the_loss_of_a_shared_critic_is_that_of_its_values(small_policy, task_of
 def test_a_shared_critic_learns_the_returns(small_policy, task_of):
     config = FirstOrderConfig(epochs=300, learning_rate=0.01, gamma=0.0, gae_lambda=0.0, normalize_advantages=False)
     trainer = shared_trainer("gaussian", small_policy, task_of, config)
-    batch = dataclasses.replace(rollout_batch(trainer), advantages=torch.zeros(32))
+    batch = dataclasses.replace(rollout_batch(trainer), advantages=torch.zeros(32, 1))
     trainer.update_rule.update(batch, progress=0.0, iteration=0)
     values = trainer.critic(trainer.policy.normalize_obs(batch.obs))
     before, after = ((v - batch.returns).square().mean() for v in (batch.values, values))

@@ -34,7 +34,7 @@ def recorded_ppo(figures: Figures) -> tuple[FirstOrder, Pairs, Targets]:
         obs=figures["obs"][rows],
         chain=figures["chain"][rows],
         log_prob_factors=figures["log_prob"][rows],
-        advantages=figures["loss_advantages"],
+        advantages=figures["loss_advantages"][:, None].expand(-1, c["ft"]),
         returns=figures["loss_returns"],
         values=figures["loss_old_values"],
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from dppo.advantages import inner_discount, normalized
+from dppo.advantages import inner_discount
 from dppo.critic import Critic
 from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
@@ -69,9 +69,9 @@ def torch_threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_the_policy_gradient(make_trainer, kind):
-    trainer = make_trainer(kind, NaturalConfig(inner_gamma=0.9))
+    trainer = make_trainer(kind, NaturalConfig(inner_gamma=0.9, normalize_advantages=False))
     batch, rule = rollout_batch(trainer), rule_of(trainer)
-    found = rule._gradient(batch)
+    found = rule._gradient(rule.weighted(batch))
     pairs = batch.pairs(torch.arange(len(batch) * batch.num_steps))
     factors = log_prob_factors(trainer.policy.transition(pairs.obs, pairs.latent, pairs.step), pairs.following)
     log_prob = factors if factors.dim() == 1 else factors[:, : trainer.policy.config.executed].flatten(1).sum(1)
@@ -87,8 +87,7 @@ def test_the_step_solves_the_system_of_the_fisher_information(make_trainer, kind
     config = NaturalConfig(max_kl=1e-4, damping=0.3, iterations=500, tolerance=1e-6)
     trainer = make_trainer(kind, config)
     batch, rule = rollout_batch(trainer), rule_of(trainer)
-    batch = dataclasses.replace(batch, advantages=normalized(batch.advantages))
-    gradient = rule._gradient(batch)
+    gradient = rule._gradient(rule.weighted(batch))
     pairs = batch.pairs(torch.arange(len(batch) * batch.num_steps))
 
     def column(unit: Tensor) -> Tensor:
@@ -282,7 +281,7 @@ def test_the_kl_of_the_chain_bounds_that_of_the_actions():
             factors.append(log_prob_factors(law, chain[-1]))
         nothing = torch.zeros(20_000, dtype=torch.float64)
         rows = torch.zeros(20_000, 1, 1, dtype=torch.float64), torch.stack(chain, 1), torch.stack(factors, 1)
-        batch = Batch(*rows, nothing, nothing, nothing)
+        batch = Batch(*rows, nothing[:, None].expand(-1, 2), nothing, nothing)
         rule = NaturalGradient(NaturalConfig(), old, Critic(CRITIC, 1, 1), torch.Generator())
         laws: list[Any] = []
         assert rule._judge(batch, laws).kl == 0
