@@ -50,6 +50,15 @@ def normalized(advantages: Tensor) -> Tensor:
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
+def clipped_to_quantiles(values: Tensor, low: float, high: float) -> Tensor:
+    """The values, those outside these of their own quantiles moved to them; [0, 1] moves none.
+
+    The original DPPO's ``clip_advantage_lower_quantile`` and ``clip_advantage_upper_quantile``.
+    """
+    flat = values.flatten()
+    return values.clamp(torch.quantile(flat, low), torch.quantile(flat, high))
+
+
 def explained_variance(predictions: Tensor, targets: Tensor) -> float | None:
     """1 - Var[target - prediction] / Var[target]; None where the targets do not vary."""
     if targets.numel() < 2:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dppo.advantages import normalized
+from dppo.advantages import clipped_to_quantiles, normalized
 from dppo.precision import Precision
 from dppo.updates.schedule import Schedule
 
@@ -25,6 +25,8 @@ class UpdateConfig:
     """Divide rewards by the running deviation of the discounted return."""
     normalize_advantages: bool = True
     """To zero mean and unit deviation in each minibatch."""
+    advantage_quantiles: tuple[float, float] | None = None
+    """Then clip them to these quantiles of the minibatch, [low, high]; None: leave them."""
 
     critic_learning_rate: float = 1e-3
     critic_epochs: int | None = None
@@ -51,6 +53,10 @@ class UpdateConfig:
 
     def __post_init__(self) -> None:
         self.check_shares("gamma", "gae_lambda", "inner_gamma", "final_learning_rate_share")
+        if self.advantage_quantiles is not None:
+            low, high = self.advantage_quantiles
+            if not 0 <= low < high <= 1:
+                raise ValueError(f"advantage_quantiles must be [low, high] in [0, 1], not [{low}, {high}]")
         self.check_at_least_one("critic_epochs", "critic_batch_size")
         self.check_not_negative("critic_learning_rate", "weight_decay", "critic_warmup_iterations")
         self.check_positive("max_grad_norm", "value_clip")
@@ -62,7 +68,11 @@ class UpdateConfig:
             advantages: of all pairs that are looked at together.
             discount: broadcasts to them, `inner_discount` of their inner steps.
         """
-        return (normalized(advantages) if self.normalize_advantages else advantages) * discount
+        if self.normalize_advantages:
+            advantages = normalized(advantages)
+        if self.advantage_quantiles is not None:
+            advantages = clipped_to_quantiles(advantages, *self.advantage_quantiles)
+        return advantages * discount
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dppo.advantages import explained_variance, gae, inner_discount, normalized
+from dppo.advantages import clipped_to_quantiles, explained_variance, gae, inner_discount, normalized
 
 FLAGS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=24)
 
@@ -137,6 +137,13 @@ def test_normalized_advantages_have_mean_zero_and_deviation_one():
 def test_one_advantage_or_equal_ones_become_zero_and_not_nan():
     assert normalized(torch.tensor([3.0])).tolist() == [0.0]
     assert normalized(torch.full((5,), 3.0)).tolist() == [0.0] * 5
+
+
+def test_advantages_beyond_their_quantiles_are_moved_to_them():
+    values = torch.tensor([[9.0, -4.0, 0.0], [1.0, 2.0, 50.0]])  # sorted: -4 0 1 2 9 50
+    clipped = clipped_to_quantiles(values, 0.2, 0.9)  # between 9 and 50, halfway
+    torch.testing.assert_close(clipped, torch.tensor([[9.0, 0.0, 0.0], [1.0, 2.0, 29.5]]))
+    assert torch.equal(clipped_to_quantiles(values, 0.0, 1.0), values)
 
 
 @pytest.mark.parametrize(

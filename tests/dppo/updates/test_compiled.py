@@ -160,7 +160,13 @@ def test_what_changes_between_updates_is_not_compiled_in(small_policy, task_of, 
     found = []
     for compile in (False, True):
         config = PPOKLConfig(
-            epochs=2, batch_size=7, learning_rate=3e-3, schedule="linear", entropy_coefficient=0.01, compile=compile
+            epochs=2,
+            batch_size=7,
+            learning_rate=3e-3,
+            schedule="linear",
+            entropy_coefficient=0.01,
+            compile=compile,
+            advantage_quantiles=(0.1, 0.8),
         )
         policy = small_policy(kind, observation_scaling="running")
         size = TrainerConfig(env_steps=300, num_envs=4, rollout_steps=8)

@@ -239,6 +239,16 @@ def test_without_normalisation_advantages_are_taken_as_they_are(make_trainer):
     assert sorted(advantage for advantage, _ in spy.pairs[0]) == sorted(batch.advantages[:, 0].tolist())
 
 
+def test_advantages_are_clipped_to_quantiles_of_the_minibatch_after_normalisation_and_before_the_discount(make_trainer):
+    trainer = make_trainer("diffusion", advantage_quantiles=[0.25, 0.75], inner_gamma=0.5)
+    rule, batch = trainer.update_rule, rollout_batch(trainer)
+    pairs = batch.pairs(torch.tensor([0, 4, 8, 30, 61]))
+    normal = (pairs.advantages - pairs.advantages.mean()) / pairs.advantages.std()
+    low, high = normal.sort().values[[1, 3]]
+    expected = normal.clamp(low, high) * 0.5 ** (2 - pairs.step)
+    torch.testing.assert_close(rule.weighted(pairs).advantages, expected)
+
+
 # --- what an update covers
 
 
@@ -572,6 +582,8 @@ def test_the_penalty_of_ppo_kl_grows_when_the_policy_runs_away(small_policy, poi
         ({"desired_kl": 0.0}, "desired_kl must be positive"),
         ({"desired_kl": 0.1, "epochs": 1, "batch_size": None}, "desired_kl needs more than one step per update"),
         ({"critic_epochs": 0}, "critic_epochs must be at least 1"),
+        ({"advantage_quantiles": (0.9, 0.1)}, "advantage_quantiles must be"),
+        ({"advantage_quantiles": (0.0, 1.1)}, "advantage_quantiles must be"),
         ({"entropy_coefficient": -0.1}, "entropy_coefficient must not be negative"),
     ],
 )
