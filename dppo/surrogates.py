@@ -48,18 +48,21 @@ def ratio_of(log_ratios: Tensor) -> Tensor:
     return log_ratios.clamp(max=MAX_LOG_RATIO).exp()
 
 
-def clipped_loss(log_ratios: Tensor, advantages: Tensor, clip: Tensor, dual_clip: float | None = None) -> Tensor:
+def clipped_loss(
+    log_ratios: Tensor, advantages: Tensor, below: Tensor, above: Tensor, dual_clip: float | None = None
+) -> Tensor:
     """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated, per sample [B].
 
     Args:
         log_ratios: [B].
         advantages: [B].
-        clip: broadcasts to [B].
+        below: how far under 1 a ratio counts, broadcasts to [B].
+        above: how far over 1; a range of its own leaves unlikely actions room to grow (Yu et al. 2025, section 3.1).
         dual_clip: above 1; where an advantage is negative, the objective is at least so many times it, however large
             the ratio (Ye et al. 2020, eq. 5). None: no bound.
     """
     ratio = ratio_of(log_ratios)
-    clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+    clipped = torch.clamp(ratio, 1 - below, 1 + above)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
         objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
@@ -67,7 +70,7 @@ def clipped_loss(log_ratios: Tensor, advantages: Tensor, clip: Tensor, dual_clip
 
 
 def clip_ranges(num_steps: int, base: float, full: float, rate: float) -> Tensor:
-    """[K]: clip range per inner step, growing exponentially from ``base`` at k = 0 to ``full`` at k = K - 1.
+    """[K]: clip range per inner step, growing or falling from ``base`` at k = 0 to ``full`` at k = K - 1.
 
     base + (full - base) (e^(rate t) - 1) / (e^rate - 1), t = k / (K - 1) (Ren et al. 2024, appendix).
     """

@@ -64,9 +64,11 @@ class PPOConfig(FirstOrderConfig):
     clip: float = 0.2
     """Clip range of the ratio at the inner step next to the action."""
     clip_base: float | None = None
-    """Clip range at the first inner step; None: the same as ``clip``."""
+    """Clip range at the first inner step, smaller or larger; None: the same as ``clip``."""
     clip_rate: float = 3.0
-    """How sharply the clip range grows in between."""
+    """How sharply the clip range grows or falls in between."""
+    clip_above: float | None = None
+    """``clip`` for ratios above 1, and at the other inner steps in the same proportion; None: the same as below 1."""
     dual_clip: float | None = None
     """Bound of the loss where an advantage is negative, in multiples of the advantage, above 1; None: no bound."""
     desired_kl: float | None = None
@@ -76,7 +78,7 @@ class PPOConfig(FirstOrderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_not_negative("clip", "clip_base", "clip_rate")
-        self.check_positive("desired_kl")
+        self.check_positive("desired_kl", "clip_above", *(() if self.clip_above is None else ("clip",)))
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be above 1, not {self.dual_clip}")
         if self.desired_kl is not None:
@@ -84,7 +86,9 @@ class PPOConfig(FirstOrderConfig):
 
     def surrogate(self, num_steps: int, device: torch.device) -> Surrogate:
         base = self.clip if self.clip_base is None else self.clip_base
-        return ClippedRatio(clip_ranges(num_steps, base, self.clip, self.clip_rate).to(device), self.dual_clip)
+        below = clip_ranges(num_steps, base, self.clip, self.clip_rate).to(device)
+        above = below if self.clip_above is None else below * (self.clip_above / self.clip)
+        return ClippedRatio(below, above, self.dual_clip)
 
     def next_speed(self, speed: float, kl: float) -> float:
         if self.desired_kl is None or self.desired_kl / 2 <= kl <= 2 * self.desired_kl:

@@ -45,19 +45,21 @@ class LogLikelihood(Surrogate):
 
 
 class ClippedRatio(Surrogate):
-    """See `clipped_loss`; a clip range for each inner step."""
+    """See `clipped_loss`; clip ranges for each inner step."""
 
     known = ("clip_fraction",)
 
-    def __init__(self, ranges: Tensor, dual_clip: float | None) -> None:
-        """``ranges`` [K]; ``dual_clip`` as of `clipped_loss`."""
-        self.ranges = ranges
+    def __init__(self, below: Tensor, above: Tensor, dual_clip: float | None) -> None:
+        """``below`` and ``above`` [K]; they and ``dual_clip`` as of `clipped_loss`."""
+        self.below = below
+        self.above = above
         self.dual_clip = dual_clip
 
     def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
-        ranges = self.ranges[steps]
-        outside = (log_ratios.detach().expm1().abs() > ranges).float()
-        return clipped_loss(log_ratios, advantages, ranges, self.dual_clip), outside
+        below, above = self.below[steps], self.above[steps]
+        beyond = log_ratios.detach().expm1()
+        outside = ((beyond > above) | (beyond < -below)).float()
+        return clipped_loss(log_ratios, advantages, below, above, self.dual_clip), outside
 
 
 class PenalisedRatio(Surrogate):

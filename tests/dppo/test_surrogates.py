@@ -36,7 +36,7 @@ CLIP_TABLE = [
 @pytest.mark.parametrize(("advantage", "ratio", "objective", "flat"), CLIP_TABLE)
 def test_the_clipped_objective_by_hand(advantage, ratio, objective, flat):
     log_ratios = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss = clipped_loss(log_ratios, torch.tensor([advantage]), torch.tensor([0.2]))
+    loss = clipped_loss(log_ratios, torch.tensor([advantage]), *(torch.tensor([0.2]),) * 2)
     assert loss.item() == pytest.approx(-objective, abs=1e-6)
     (gradient,) = torch.autograd.grad(loss, log_ratios)
     assert gradient.item() == pytest.approx(0 if flat else -advantage * ratio, abs=1e-6)
@@ -48,20 +48,27 @@ def test_the_clipped_objective_by_hand(advantage, ratio, objective, flat):
 )
 def test_a_dual_clip_bounds_what_a_negative_advantage_can_cost(advantage, ratio, objective, flat):
     log_ratios = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss = clipped_loss(log_ratios, torch.tensor([advantage]), torch.tensor([0.2]), dual_clip=3.0)
+    loss = clipped_loss(log_ratios, torch.tensor([advantage]), *(torch.tensor([0.2]),) * 2, dual_clip=3.0)
     assert loss.item() == pytest.approx(-objective, abs=1e-5)
     (gradient,) = torch.autograd.grad(loss, log_ratios)
     assert gradient.item() == pytest.approx(0 if flat else -advantage * ratio, abs=1e-5)
 
 
 def test_each_sample_has_its_own_clip_range():
-    loss = clipped_loss(torch.full((2,), math.log(1.5)), torch.ones(2), torch.tensor([0.1, 0.4]))
+    ranges = torch.tensor([0.1, 0.4])
+    loss = clipped_loss(torch.full((2,), math.log(1.5)), torch.ones(2), ranges, ranges)
     torch.testing.assert_close(loss, torch.tensor([-1.1, -1.4]))
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "objective"), [(1.5, 1, 1.4), (1.3, 1, 1.3), (0.5, -1, -0.9)])
+def test_ratios_above_one_can_have_a_range_of_their_own(ratio, advantage, objective):
+    loss = clipped_loss(torch.tensor(math.log(ratio)), torch.tensor(advantage), torch.tensor(0.1), torch.tensor(0.4))
+    assert float(loss) == pytest.approx(-objective)
 
 
 def test_a_ratio_beyond_all_bounds_is_clipped_without_a_gradient_that_is_nan():
     log_ratios = torch.tensor([200.0, -200.0], requires_grad=True)
-    loss = clipped_loss(log_ratios, torch.tensor([1.0, -1.0]), torch.tensor(0.2)).sum()
+    loss = clipped_loss(log_ratios, torch.tensor([1.0, -1.0]), *(torch.tensor(0.2),) * 2).sum()
     assert torch.autograd.grad(loss, log_ratios)[0].tolist() == [0.0, 0.0]
 
 
@@ -97,6 +104,12 @@ def test_clip_ranges_grow_from_the_base_to_the_full_range():
     middle = 0.01 + 0.19 * (math.exp(1.5) - 1) / (math.exp(3) - 1)
     assert float(ranges[2]) == pytest.approx(middle)
     assert float(ranges[2]) < (0.01 + 0.2) / 2
+
+
+def test_clip_ranges_fall_where_the_base_is_larger_as_sharply_as_they_would_grow():
+    falling, growing = clip_ranges(5, 0.2, 0.01, 3.0), clip_ranges(5, 0.01, 0.2, 3.0)
+    torch.testing.assert_close(falling + growing, torch.full((5,), 0.21))
+    assert (falling.diff() < 0).all()
 
 
 def test_clip_ranges_of_rate_zero_are_a_straight_line():

@@ -191,7 +191,7 @@ def test_the_inner_discount_weights_the_steps_of_the_chain(make_trainer):
 
 def test_each_inner_step_is_clipped_at_its_own_range(make_trainer):
     trainer = make_trainer("diffusion", clip=0.2, clip_base=0.01)
-    assert trainer.update_rule.surrogate.ranges.tolist() == pytest.approx([0.01, 0.0446, 0.2], abs=1e-3)
+    assert trainer.update_rule.surrogate.below.tolist() == pytest.approx([0.01, 0.0446, 0.2], abs=1e-3)
     batch = rollout_batch(trainer)
     moved = Batch(**{**vars(batch), "log_prob_factors": batch.log_prob_factors.clone()})
     moved.log_prob_factors[:, :, 0, 0] -= math.log(1.1)  # every ratio is 1.1
@@ -201,7 +201,13 @@ def test_each_inner_step_is_clipped_at_its_own_range(make_trainer):
 
 
 def test_a_chain_without_a_base_range_has_the_same_range_at_every_step(make_trainer):
-    assert make_trainer("diffusion", clip=0.03).update_rule.surrogate.ranges.tolist() == pytest.approx([0.03] * 3)
+    assert make_trainer("diffusion", clip=0.03).update_rule.surrogate.below.tolist() == pytest.approx([0.03] * 3)
+
+
+def test_ranges_above_one_are_in_proportion_to_those_below_at_every_inner_step(make_trainer):
+    surrogate = make_trainer("diffusion", clip=0.2, clip_base=0.4, clip_above=0.3, clip_rate=0).update_rule.surrogate
+    assert surrogate.below.tolist() == pytest.approx([0.4, 0.3, 0.2])
+    assert surrogate.above.tolist() == pytest.approx([0.6, 0.45, 0.3])
 
 
 def test_advantages_are_normalised_in_each_minibatch(make_trainer, monkeypatch):
@@ -579,6 +585,7 @@ def test_the_penalty_of_ppo_kl_grows_when_the_policy_runs_away(small_policy, poi
     ("settings", "message"),
     [
         ({"dual_clip": 1.0}, "dual_clip must be above 1"),
+        ({"clip_above": 0.3, "clip": 0.0}, "clip must be positive"),
         ({"desired_kl": 0.0}, "desired_kl must be positive"),
         ({"desired_kl": 0.1, "epochs": 1, "batch_size": None}, "desired_kl needs more than one step per update"),
         ({"critic_epochs": 0}, "critic_epochs must be at least 1"),

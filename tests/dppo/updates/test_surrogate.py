@@ -8,11 +8,19 @@ NO_STEPS = torch.zeros(1, dtype=torch.int64)
 
 
 def test_the_clipped_surrogate_says_which_ratios_are_outside_their_own_range():
-    surrogate = ClippedRatio(torch.tensor([0.01, 0.2]), None)
+    ranges = torch.tensor([0.01, 0.2])
+    surrogate = ClippedRatio(ranges, ranges, None)
     log_ratios = torch.tensor([1.1, 1.1, 0.7, 1.005]).log()
     losses, outside = surrogate.rows(log_ratios, torch.ones(4), torch.tensor([0, 1, 1, 0]))
     assert outside.tolist() == [1, 0, 1, 0]
     assert losses.tolist() == pytest.approx([-1.01, -1.1, -0.7, -1.005])
+
+
+def test_outside_is_beyond_the_range_of_the_side_that_a_ratio_is_on():
+    surrogate = ClippedRatio(torch.tensor([0.1]), torch.tensor([0.3]), None)
+    log_ratios = torch.tensor([0.85, 0.95, 1.2, 1.4]).log()
+    _, outside = surrogate.rows(log_ratios, torch.ones(4), torch.zeros(4, dtype=torch.int64))
+    assert outside.tolist() == [1, 0, 0, 1]
 
 
 def test_the_log_likelihood_has_the_policy_gradient_wherever_the_policy_is():
