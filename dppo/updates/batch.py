@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -136,19 +137,53 @@ def split(record: Record, sizes: int | list[int]) -> Iterator[Record]:
     return (of_columns(type(record), part) for part in parts)
 
 
-def minibatches(
-    gather: Callable[[Tensor], Record], size: int, count: int, generator: torch.Generator
-) -> Iterator[Record]:
-    """A random partition of range(size) into ``count`` minibatches whose lengths differ by at most one.
+def partition(size: int, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """range(size) in random order, in ``count`` <= size parts whose lengths differ by at most one."""
+    return torch.randperm(size, generator=generator, device=generator.device).tensor_split(count)
+
+
+@dataclass(frozen=True)
+class PairOrder:
+    """Which pairs an epoch is about, and which of them share a minibatch."""
+
+    inner_steps: int | None = None
+    """So many inner steps of each environment step, drawn anew in each epoch; None: all."""
+    whole_chains: bool = False
+    """Whether the inner steps of an environment step stay together."""
+
+    def count(self, batch: Batch, batch_size: int | None) -> int:
+        """How many minibatches an epoch has, of at most so many pairs (but of a whole chain at least); None: one."""
+        if batch_size is None:
+            return 1
+        of_row = self.inner_steps or batch.num_steps
+        if self.whole_chains:
+            return math.ceil(len(batch) / max(1, batch_size // of_row))
+        return math.ceil(len(batch) * of_row / batch_size)
+
+    def parts(self, batch: Batch, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The indices ``row * K + step`` of an epoch in ``count`` minibatches of nearly equal length.
+
+        Every pair is as likely to be among them as every other: the mean over them is that over all pairs, on average.
+        """
+        rows, steps = len(batch), batch.num_steps
+        if not self.whole_chains and self.inner_steps is None:
+            return partition(rows * steps, count, generator)
+        noise = torch.rand(rows, steps, generator=generator, device=generator.device)
+        chosen = noise.argsort(1)[:, : self.inner_steps]  # [M, m]
+        pairs = steps * torch.arange(rows, device=chosen.device)[:, None] + chosen
+        if not self.whole_chains:
+            pairs = pairs.flatten()
+        return tuple(pairs[part].flatten() for part in partition(len(pairs), count, generator))
+
+
+def minibatches(gather: Callable[[Tensor], Record], parts: Sequence[Tensor]) -> Iterator[Record]:
+    """What belongs to each of these parts of indices.
 
     Args:
         gather: copies what belongs to indices [B].
-        size: how many indices there are, at least ``count``.
-        count: how many minibatches.
-        generator: draws the partition.
+        parts: of nearly equal length.
     """
-    parts = torch.randperm(size, generator=generator, device=generator.device).tensor_split(count)
     at_once = max(1, GATHERED // len(parts[0]))
-    for first in range(0, count, at_once):
+    for first in range(0, len(parts), at_once):
         together = parts[first : first + at_once]
-        yield from split(gather(torch.cat(together)), [len(part) for part in together])
+        yield from split(gather(torch.cat(tuple(together))), [len(part) for part in together])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dppo.critic import Critic
 from dppo.surrogates import value_losses
-from dppo.updates.batch import Batch, Targets, minibatches
+from dppo.updates.batch import Batch, Targets, minibatches, partition
 from dppo.updates.config import UpdateConfig
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
@@ -61,7 +61,7 @@ class CriticFit:
         count = minibatches_per_epoch if size is None else math.ceil(len(batch) / size)
         losses: list[Tensor] = []
         for _ in range(self.config.critic_epochs or epochs):
-            for targets in minibatches(batch.targets, len(batch), min(count, len(batch)), self.generator):
+            for targets in minibatches(batch.targets, partition(len(batch), min(count, len(batch)), self.generator)):
                 (of_rows,), _ = self._step(targets)
                 losses.append(of_rows.mean())
         value_loss = float(torch.stack(losses).mean())

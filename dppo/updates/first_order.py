@@ -5,7 +5,6 @@ Schulman et al. 2017; Ren et al. 2024, algorithm 1.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +16,14 @@ from dppo.critic import Critic, SharedCritic
 from dppo.precision import computing_in
 from dppo.surrogates import approximate_kl, entropy_terms, log_ratio, value_losses
 from dppo.threads import single_thread
-from dppo.updates.batch import Batch, JointPairs, Pairs, minibatches
+from dppo.updates.batch import Batch, JointPairs, PairOrder, Pairs, minibatches
 from dppo.updates.critic_fit import CriticFit
 from dppo.updates.first_order_config import FirstOrderConfig
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.schedule import schedule_factor
 from dppo.updates.step import make_step
-from policies import Policy, log_prob_factors
+from policies import Policy, UserError, log_prob_factors
 
 
 class FirstOrder:
@@ -33,7 +32,13 @@ class FirstOrder:
     def __init__(
         self, config: FirstOrderConfig, policy: Policy, critic: Critic | SharedCritic, generator: torch.Generator
     ) -> None:
-        """``generator`` draws the minibatches."""
+        """``generator`` draws the minibatches.
+
+        Raises:
+            UserError: there are to be more inner steps than the policy has.
+        """
+        if config.inner_steps is not None and config.inner_steps > policy.num_steps:
+            raise UserError(f"algo.inner_steps={config.inner_steps}, but the policy has {policy.num_steps} in all")
         self.config = config
         self.policy = policy
         self.generator = generator
@@ -50,6 +55,7 @@ class FirstOrder:
         device = next(policy.parameters()).device
         self.surrogate = config.surrogate(policy.num_steps, device)
         self.discount = inner_discount(policy.num_steps, config.inner_gamma).to(device)  # [K]
+        self.order = PairOrder(config.inner_steps, whole_chains=config.minibatches_of == "chains")
         self.speed = 1.0
         """What the KL has made of the learning rate."""
         limit = config.target_kl if config.target_kl_of == "minibatch" else None
@@ -107,8 +113,7 @@ class FirstOrder:
         """
         config = self.config
         factor = schedule_factor(config.schedule, progress, final=config.final_learning_rate_share)
-        num_pairs = len(batch) * batch.num_steps
-        count = 1 if config.batch_size is None else math.ceil(num_pairs / config.batch_size)
+        count = self.order.count(batch, config.batch_size)
         self.optimizer.learning_rate = factor * self.speed * config.learning_rate
         metrics: dict[str, float | None] = dict.fromkeys(self._names)
         steps = 0
@@ -138,7 +143,7 @@ class FirstOrder:
             seen: list[Rows] = []
             taken = True
             gather = batch.pairs if self.shared is None else batch.joint_pairs
-            for pairs in minibatches(gather, len(batch) * batch.num_steps, count, self.generator):
+            for pairs in minibatches(gather, self.order.parts(batch, count, self.generator)):
                 rows, taken = self._step(pairs)
                 seen.append(rows)
                 if not taken:

@@ -20,6 +20,10 @@ class FirstOrderConfig(UpdateConfig):
     """Passes over the rollout."""
     batch_size: int | None = None
     """At most so many (environment step, inner step) pairs in a minibatch; None: all of them."""
+    inner_steps: int | None = None
+    """Learn from so many inner steps of each environment step, drawn anew in each epoch; None: from all."""
+    minibatches_of: Literal["pairs", "chains"] = "pairs"
+    """Whether the inner steps of an environment step are dealt out to minibatches one by one, or stay together."""
     learning_rate: float = 3e-4
 
     entropy_coefficient: float = 0.0
@@ -35,7 +39,7 @@ class FirstOrderConfig(UpdateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least_one("epochs", "batch_size")
+        self.check_at_least_one("epochs", "batch_size", "inner_steps")
         self.check_not_negative("learning_rate", "entropy_coefficient")
         self.check_positive("target_kl")
         if self.log_prob_clamp is not None and not self.log_prob_clamp[0] < self.log_prob_clamp[1]:

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 import math
 import os
 import shutil
@@ -15,7 +16,7 @@ from dppo.critic import Critic
 from dppo.rollout import collect_rollout
 from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
-from dppo.updates.batch import Batch, Pairs, Targets
+from dppo.updates.batch import Batch, PairOrder, Pairs, Targets
 from dppo.updates.first_order import FirstOrder
 from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig
 from dppo.updates.natural import TRPOConfig
@@ -351,6 +352,45 @@ def test_the_critic_leaves_no_gradient_in_the_policy_nor_the_policy_one_in_the_c
     trainer.critic.zero_grad(set_to_none=True)
     trainer.update_rule.rows(pairs_at(batch, rows))[0].mean().backward()
     assert all(parameter.grad is None for parameter in trainer.critic.parameters())
+
+
+@pytest.mark.parametrize("whole_chains", [False, True])
+def test_the_gradient_over_some_inner_steps_is_on_average_that_over_all(make_trainer, whole_chains):
+    """Over all choices of two of three inner steps for each of two rows: every choice is as likely as every other."""
+    trainer = make_trainer("diffusion", normalize_advantages=False, inner_steps=2)
+    rule, batch = trainer.update_rule, rollout_batch(trainer)
+    parameters = rule.optimizer.parameters
+
+    def gradient(pairs: list[int]) -> Tensor:
+        return parameters.gradient(rule.rows(rule.weighted(batch.pairs(torch.tensor(pairs))))[0].mean())
+
+    whole = gradient(list(range(6)))
+    assert whole.abs().max() > 1e-3
+    choices = list(itertools.product(itertools.combinations(range(3), 2), repeat=2))
+    of_choices = [gradient([*first, *(3 + step for step in second)]) for first, second in choices]
+    torch.testing.assert_close(torch.stack(of_choices).mean(0), whole, rtol=1e-4, atol=1e-6)
+    drawn, two_rows = torch.zeros(9), Batch(**{name: value[:2] for name, value in vars(batch).items()})
+    for seed in range(900):
+        (part,) = PairOrder(2, whole_chains).parts(two_rows, 1, torch.Generator().manual_seed(seed))
+        pairs = sorted(part.tolist())
+        drawn[choices.index((tuple(pairs[:2]), tuple(pair - 3 for pair in pairs[2:])))] += 1
+    assert float((drawn / 100 - 1).abs().max()) < 0.4
+
+
+def test_an_update_is_about_the_inner_steps_that_it_is_told_to_take(make_trainer):
+    options = {"normalize_advantages": False, "inner_gamma": 1.0, "learning_rate": 1e-5}
+    trainer = make_trainer("diffusion", epochs=2, batch_size=8, inner_steps=2, minibatches_of="chains", **options)
+    spy = Spy(trainer.update_rule)
+    metrics = trainer.update_rule.update(numbered(rollout_batch(trainer)), progress=0.0, iteration=0)
+    assert metrics["actor_steps"] == 16
+    assert [len(pairs) for pairs in spy.pairs] == [8] * 16
+    assert all(len({row for row, _ in pairs}) == 4 for pairs in spy.pairs)
+    assert [len(rows) for rows in spy.rows] == [4] * 16, "the critic has as many minibatches"
+
+
+def test_more_inner_steps_than_there_are_are_refused(make_trainer):
+    with pytest.raises(UserError, match=r"algo\.inner_steps=4, but the policy has 3 in all"):
+        make_trainer("diffusion", inner_steps=4)
 
 
 # --- learning rates and steps
