@@ -114,12 +114,10 @@ class DiffusionPolicy(Policy, type="diffusion"):
         """The denoiser of the steps before them; None where there are none."""
         if self.num_steps < len(self.timesteps):
             self.frozen = copy.deepcopy(self.network).requires_grad_(False)
-        self.eta = (
-            None
-            if config.sampler.learned_eta is None
-            else Eta(config.sampler, config.history * config.obs_dim, config.action_dim)
-        )
+        self.eta = None
         """Where it is learned."""
+        if config.sampler.learned_eta is not None:
+            self.eta = Eta(config.sampler, config.history * config.obs_dim, config.action_dim)
         levels = noise_levels(config.denoising_steps, config.beta_schedule, config.beta_range)
         self.register_buffer("alpha_bar", levels.alpha_bar, persistent=False)  # [S]
         kernel = partial(Kernel, levels, config.prediction, config.sampler, x0_clip=config.x0_clip)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from dppo.advantages import explained_variance, inner_discount
 from dppo.critic import Critic, SharedCritic
 from dppo.precision import computing_in
-from dppo.surrogates import approximate_kl, entropy_terms, log_ratio, value_losses
+from dppo.surrogates import approximate_kl, divergence_terms, entropy_terms, log_ratio, value_losses
 from dppo.threads import single_thread
 from dppo.updates.batch import Batch, JointPairs, PairOrder, Pairs, minibatches
 from dppo.updates.critic_fit import CriticFit
 from dppo.updates.first_order_config import FirstOrderConfig
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
+from dppo.updates.reference import Reference
 from dppo.updates.schedule import schedule_factor
 from dppo.updates.step import make_step
 from policies import Policy, UserError, log_prob_factors
@@ -54,6 +55,8 @@ class FirstOrder:
         )
         device = next(policy.parameters()).device
         self.surrogate = config.surrogate(policy.num_steps, device)
+        self.old = Reference(policy) if self.surrogate.of_divergences else None
+        """The policy that sampled."""
         self.discount = inner_discount(policy.num_steps, config.inner_gamma).to(device)  # [K]
         self.order = PairOrder(config.inner_steps, whole_chains=config.minibatches_of == "chains")
         self.speed = 1.0
@@ -78,6 +81,7 @@ class FirstOrder:
         """Of B `weighted` pairs: losses, log-ratios, and what the surrogate knows."""
         with computing_in(self.config.precision, pairs.obs.device):
             law = self.policy.transition(pairs.obs, pairs.latent, pairs.step)
+            old = None if self.old is None else self.old.law(pairs)
         factors = log_prob_factors(law, pairs.following)
         log_ratios = log_ratio(
             factors,
@@ -86,7 +90,9 @@ class FirstOrder:
             self.config.log_prob_clamp,
             self.policy.config.executed,
         )
-        losses, *known = self.surrogate.rows(log_ratios, pairs.advantages, pairs.step)
+        executed = self.policy.config.executed
+        divergences = None if old is None else divergence_terms(old, law, log_ratios, executed)
+        losses, *known = self.surrogate.rows(log_ratios, pairs.advantages, pairs.step, divergences)
         if self.config.entropy_coefficient > 0:
             losses = losses - self.config.entropy_coefficient * entropy_terms(
                 law, factors, log_ratios, self.policy.config.executed
@@ -139,6 +145,8 @@ class FirstOrder:
         config = self.config
         of_epochs: list[tuple[Tensor, int]] = []  # metrics, and over how many pairs they are
         steps, kl = 0, 0.0
+        if self.old is not None:
+            self.old.follow(self.policy)
         for _ in range(config.epochs):
             seen: list[Rows] = []
             taken = True

@@ -9,7 +9,7 @@ import torch
 
 from dppo.surrogates import LogRatio, clip_ranges
 from dppo.updates.config import UpdateConfig
-from dppo.updates.surrogate import ClippedRatio, LogLikelihood, PenalisedRatio, Surrogate
+from dppo.updates.surrogate import ClippedRatio, LogLikelihood, MaskedRatio, PenalisedRatio, Surrogate
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,23 @@ class PPOConfig(FirstOrderConfig):
         if self.desired_kl is None or self.desired_kl / 2 <= kl <= 2 * self.desired_kl:
             return speed
         return min(max(speed * (1 / 1.5 if kl > self.desired_kl else 1.5), 0.1), 10.0)
+
+
+@dataclass(frozen=True)
+class PPOMaskConfig(FirstOrderConfig):
+    """Settings of `first_order.FirstOrder` with a trust region of each inner step in place of a clip."""
+
+    epochs: int = 10
+    batch_size: int | None = 2048
+    max_kl: float = 0.03
+    """KL(old || new) of an inner step, summed over action dimensions, beyond which nothing is to be gained."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("max_kl")
+
+    def surrogate(self, num_steps: int, device: torch.device) -> Surrogate:
+        return MaskedRatio(self.max_kl)
 
 
 @dataclass(frozen=True)

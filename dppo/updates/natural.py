@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
 
 from dppo.advantages import explained_variance, inner_discount
 from dppo.critic import Critic
 from dppo.precision import computing_in
-from dppo.surrogates import kl_terms, log_ratio, ratio_of
+from dppo.surrogates import divergence_terms, kl_terms, log_ratio, ratio_of
 from dppo.threads import map_in_threads, rows_per_part, single_thread
 from dppo.updates.batch import Batch, Pairs, split
 from dppo.updates.config import UpdateConfig
@@ -221,7 +221,7 @@ class NaturalGradient:
             pairs = batch.pairs(parts[number][0])
             law = self._law(pairs)
             log_ratios = self._log_ratios(law, pairs)
-            kl = torch.zeros_like(log_ratios) if fresh else _kl(laws[number], law, log_ratios)
+            kl = torch.zeros_like(log_ratios) if fresh else divergence_terms(laws[number], law, log_ratios)
             last = torch.where(pairs.step == batch.num_steps - 1, kl, 0.0)
             columns = ratio_of(log_ratios) * pairs.advantages, kl, last, kl_terms(log_ratios)
             return law, torch.stack([column.double().sum() for column in columns])
@@ -238,11 +238,3 @@ class NaturalGradient:
 
 def _all_pairs(batch: Batch) -> Tensor:
     return torch.arange(len(batch) * batch.num_steps, device=batch.obs.device)
-
-
-def _kl(old: Distribution, new: Distribution, log_ratios: Tensor) -> Tensor:
-    """KL(old || new) of each row [B]; where there is no closed form, terms whose mean estimates it."""
-    try:
-        return kl_divergence(old, new)
-    except NotImplementedError:
-        return kl_terms(log_ratios)

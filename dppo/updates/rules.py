@@ -10,7 +10,7 @@ from dppo.critic import Critic, SharedCritic
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
 from dppo.updates.first_order import FirstOrder
-from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig
+from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig, PPOMaskConfig
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
 from policies import Policy, UserError
 
@@ -19,6 +19,7 @@ CONFIGS: dict[str, type[UpdateConfig]] = {
     "npg": NaturalConfig,
     "ppo": PPOConfig,
     "ppo_kl": PPOKLConfig,
+    "ppo_mask": PPOMaskConfig,
     "trpo": TRPOConfig,
     "vpg": FirstOrderConfig,
 }

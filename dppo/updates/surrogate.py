@@ -17,15 +17,18 @@ class Surrogate(ABC):
 
     known: ClassVar[tuple[str, ...]] = ()
     """Names of what else `rows` says of each pair."""
+    of_divergences: ClassVar[bool] = False
+    """Whether `rows` has to be given them."""
 
     @abstractmethod
-    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor, divergences: Tensor | None = None) -> Rows:
         """The losses of B pairs, then what `known` names, [B] each.
 
         Args:
             log_ratios: [B], log pi_new / pi_old.
             advantages: [B], discounted over the inner steps.
             steps: [B] integers, the inner steps k.
+            divergences: [B], KL(old || new) of the laws of the inner steps; None where they are not asked for.
         """
 
     def adapt(self, kl: float) -> dict[str, float]:
@@ -40,7 +43,7 @@ class Surrogate(ABC):
 class LogLikelihood(Surrogate):
     """- A log pi, whose gradient is the policy gradient (Williams 1992); the ratio's denominator is a constant."""
 
-    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor, divergences: Tensor | None = None) -> Rows:
         return (-advantages * log_ratios,)
 
 
@@ -55,11 +58,31 @@ class ClippedRatio(Surrogate):
         self.above = above
         self.dual_clip = dual_clip
 
-    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor, divergences: Tensor | None = None) -> Rows:
         below, above = self.below[steps], self.above[steps]
         beyond = log_ratios.detach().expm1()
         outside = ((beyond > above) | (beyond < -below)).float()
         return clipped_loss(log_ratios, advantages, below, above, self.dual_clip), outside
+
+
+class MaskedRatio(Surrogate):
+    """- r A, but of pairs whose law has left a trust region no better than - A (Wang et al. 2020, TR-PPO).
+
+    So there is nothing to gain from leaving it, and as with PPO's clip, a gradient remains that leads back. (Without
+    any gradient outside, more than half of the pairs end up there: others push them on, and nothing back.)
+    """
+
+    known = ("masked_fraction",)
+    of_divergences = True
+
+    def __init__(self, max_kl: float) -> None:
+        self.max_kl = max_kl
+
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor, divergences: Tensor | None = None) -> Rows:
+        assert divergences is not None
+        objective = ratio_of(log_ratios) * advantages
+        masked = (divergences.detach() > self.max_kl) & (objective.detach() > advantages)
+        return -torch.where(masked, advantages, objective), masked.float()
 
 
 class PenalisedRatio(Surrogate):
@@ -72,7 +95,7 @@ class PenalisedRatio(Surrogate):
         self.beta = torch.tensor(beta, device=device)
         self.target_kl = target_kl
 
-    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor) -> Rows:
+    def rows(self, log_ratios: Tensor, advantages: Tensor, steps: Tensor, divergences: Tensor | None = None) -> Rows:
         return (self.beta * kl_terms(log_ratios) - ratio_of(log_ratios) * advantages,)
 
     def adapt(self, kl: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dppo.evaluation import EvaluationConfig, evaluate
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.config import UpdateConfig
-from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig
+from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig, PPOMaskConfig
 from dppo.updates.natural import NaturalConfig, TRPOConfig
 from policies import Policy
 
@@ -57,6 +57,7 @@ RULES: dict[str, UpdateConfig] = {
     "ppo in bfloat16": PPOConfig(**MYOPIC, epochs=5, batch_size=600, learning_rate=1e-3, precision="bfloat16"),
     "ppo with a dual clip": PPOConfig(**MYOPIC, epochs=5, batch_size=600, learning_rate=1e-3, dual_clip=3.0),
     "ppo_kl": PPOKLConfig(**MYOPIC, epochs=5, batch_size=600, learning_rate=1e-3),
+    "ppo_mask": PPOMaskConfig(**MYOPIC, epochs=5, batch_size=600, learning_rate=1e-3),
     "npg": NaturalConfig(**MYOPIC, max_kl=0.05, damping=0.01),
     "trpo": TRPOConfig(**MYOPIC, max_kl=0.1, damping=0.01),
 }

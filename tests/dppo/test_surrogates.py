@@ -11,6 +11,7 @@ from dppo.surrogates import (
     approximate_kl,
     clip_ranges,
     clipped_loss,
+    divergence_terms,
     entropy_terms,
     kl_terms,
     log_ratio,
@@ -31,6 +32,32 @@ CLIP_TABLE = [
     (-2.0, 1.5, -3.0, False),
     (0.0, 1.5, 0.0, True),
 ]
+
+
+LAWS = {
+    "normal": lambda shift: Independent(Normal(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]) + shift, 0.5 + shift), 2),
+    "categorical": lambda shift: Categorical(logits=torch.tensor([[0.0, 1.0 + shift, -1e8]])),
+    "several": lambda shift: Independent(Categorical(logits=torch.tensor([[[0.0, shift], [1.0, 2.0]]])), 1),
+}
+
+
+@pytest.mark.parametrize("kind", LAWS)
+def test_the_divergence_of_laws_is_that_of_torch_wherever_there_is_one(kind):
+    old, new = LAWS[kind](0.0), LAWS[kind](0.3)
+    found = divergence_terms(old, new, torch.tensor([9.0]))
+    torch.testing.assert_close(found, kl_divergence(old, new))
+    assert float(found) > 0.005
+
+
+def test_the_divergence_is_of_the_actions_that_are_executed():
+    laws = LAWS["normal"](0.0), LAWS["normal"](0.3)
+    first = (Independent(Normal(law.base_dist.loc[:, :1], law.base_dist.scale[:, :1]), 2) for law in laws)
+    torch.testing.assert_close(divergence_terms(*laws, torch.tensor([9.0]), executed=1), kl_divergence(*first))
+
+
+def test_a_divergence_without_a_closed_form_is_estimated_from_the_ratio():
+    mixture = MixtureSameFamily(Categorical(torch.ones(1, 2)), Normal(torch.zeros(1, 2), 1.0))
+    assert divergence_terms(mixture, mixture, torch.tensor([0.5])).tolist() == kl_terms(torch.tensor([0.5])).tolist()
 
 
 @pytest.mark.parametrize(("advantage", "ratio", "objective", "flat"), CLIP_TABLE)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.compiled import CompiledStep
-from dppo.updates.first_order_config import PPOKLConfig
+from dppo.updates.first_order_config import PPOKLConfig, PPOMaskConfig
 from dppo.updates.gradient import GradientStep
 from dppo.updates.objective import Objective, Rows, as_it_is
 from dppo.updates.optimizer import FlatAdamW
@@ -152,6 +152,21 @@ def test_the_threads_are_given_back():
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mixture", "categorical", "diffusion"])
+def test_the_policy_that_sampled_is_not_compiled_in(small_policy, task_of, kind):
+    found = []
+    for compile in (False, True):
+        config = PPOMaskConfig(epochs=2, batch_size=7, learning_rate=3e-3, max_kl=1e-5, compile=compile)
+        policy = small_policy(kind, observation_scaling="running")
+        size = TrainerConfig(env_steps=300, num_envs=4, rollout_steps=8)
+        trainer = Trainer(policy, task_of(kind), size, config, {"type": "mlp", "hidden_dims": [8]})
+        found.append([trainer.iterate()["masked_fraction"] for _ in range(3)])
+        trainer.close()
+    eager, compiled = found
+    assert all(0 < share < 1 for share in eager)
+    assert compiled == pytest.approx(eager, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture", "categorical", "diffusion"])

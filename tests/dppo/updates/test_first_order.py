@@ -18,7 +18,7 @@ from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch, PairOrder, Pairs, Targets
 from dppo.updates.first_order import FirstOrder
-from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig
+from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig, PPOMaskConfig
 from dppo.updates.natural import TRPOConfig
 from dppo.updates.objective import Rows
 from dppo.updates.rules import make_update_rule
@@ -612,6 +612,32 @@ def test_a_step_of_vpg_is_one_step_of_adam_on_the_policy_gradient(small_policy, 
     moved = weights(before)
     for name, value in weights(policy).items():
         torch.testing.assert_close(value, moved[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_is_masked_by_the_divergence_of_its_law_from_that_which_sampled(small_policy, task_of, kind):
+    config = PPOMaskConfig(epochs=4, batch_size=16, learning_rate=0.01, max_kl=0.003, normalize_advantages=False)
+    policy = small_policy(kind)
+    trainer = Trainer(policy, task_of(kind), TrainerConfig(1000, 4, 8), config, CRITIC)
+    for _ in range(2):
+        batch, before = rollout_batch(trainer), copy.deepcopy(policy)
+        metrics = trainer.update_rule.update(batch, progress=0.0, iteration=0)
+    assert 0 < metrics["masked_fraction"] < 1
+    pairs = trainer.update_rule.weighted(all_pairs(batch))
+    with torch.no_grad():
+        losses, log_ratios, masked = trainer.update_rule.rows(pairs)
+        old, new = (each.transition(pairs.obs, pairs.latent, pairs.step) for each in (before, policy))
+    if kind == "categorical":
+        divergences = (old.probs * (old.logits - new.logits)).sum(1)
+    else:
+        (m, s), (n, u) = ((law.base_dist.loc[:, :2], law.base_dist.scale[:, :2]) for law in (old, new))  # executed
+        divergences = ((u / s).log() + (s**2 + (m - n) ** 2) / (2 * u**2) - 0.5).flatten(1).sum(1)
+    beyond = (divergences > 0.003) & (log_ratios * pairs.advantages > 0)
+    torch.testing.assert_close(masked, beyond.float())
+    assert 0 < masked.mean() < 1
+    torch.testing.assert_close(
+        losses, -torch.where(beyond, pairs.advantages, log_ratios.exp() * pairs.advantages), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_penalty_of_ppo_kl_grows_when_the_policy_runs_away(small_policy, point_task):

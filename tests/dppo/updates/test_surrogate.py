@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from dppo.surrogates import approximate_kl, ratio_of
-from dppo.updates.surrogate import ClippedRatio, LogLikelihood, PenalisedRatio
+from dppo.updates.surrogate import ClippedRatio, LogLikelihood, MaskedRatio, PenalisedRatio
 
 NO_STEPS = torch.zeros(1, dtype=torch.int64)
 
@@ -38,6 +40,18 @@ def test_the_penalty_is_the_kl_times_its_coefficient():
     (losses,) = surrogate.rows(log_ratios, advantages, NO_STEPS)
     expected = 0.5 * approximate_kl(log_ratios) - (ratio_of(log_ratios) * advantages).mean()
     torch.testing.assert_close(losses.mean(), expected)
+
+
+def test_what_is_better_beyond_the_trust_region_is_masked_and_the_rest_is_the_ratio():
+    log_ratios = torch.tensor([0.3, -0.2, 0.1, -0.4, -0.1, 0.2], requires_grad=True)
+    advantages, kl = torch.tensor([1.0, -2.0, 3.0, -1.0, 2.0, -2.0]), torch.tensor([0.02, 0.03, *[0.04] * 4])
+    losses, masked = MaskedRatio(0.03).rows(log_ratios, advantages, NO_STEPS, kl)
+    losses.sum().backward()
+    assert masked.tolist() == [0, 0, 1, 1, 0, 0]
+    inside, back = [-math.exp(0.3), 2 * math.exp(-0.2)], [-2 * math.exp(-0.1), 2 * math.exp(0.2)]
+    assert losses.tolist() == pytest.approx([*inside, -3, 1, *back])
+    assert log_ratios.grad is not None
+    assert log_ratios.grad.tolist() == pytest.approx([*inside, 0, 0, *back])
 
 
 @pytest.mark.parametrize(("kl", "beta"), [(0.016, 2.0), (0.012, 1.0), (0.01, 1.0), (0.008, 1.0), (0.006, 0.5)])
