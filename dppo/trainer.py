@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dppo.advantages import gae
+from dppo.annealing import Annealing
 from dppo.critic import make_critic
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env
@@ -22,7 +23,7 @@ from dppo.task import Task
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
 from dppo.updates.rules import make_update_rule
-from policies import Policy
+from policies import DiffusionPolicy, Policy
 
 VALUE_BATCH = 16_384
 """Rows of observations that the critic sees at once outside of updates; bounds the memory of its hidden layers."""
@@ -41,6 +42,7 @@ class TrainerConfig:
     max_minutes: float | None = None
     """Stop after the iteration in which this much wall-clock time was reached; None: no limit."""
     seed: int = 0
+    anneal: Annealing = field(default_factory=Annealing)
 
     def __post_init__(self) -> None:
         if min(self.env_steps, self.num_envs, self.rollout_steps) < 1:
@@ -56,7 +58,10 @@ class Trainer:
         self, policy: Policy, task: Task, config: TrainerConfig, algo: UpdateConfig, critic: Mapping[str, Any]
     ) -> None:
         """``critic`` is the network of the critic as plain data. The policy is trained in place, on its device."""
+        config.anneal.check(policy)
         self.policy = policy.train()
+        self.first_steps = policy.num_steps
+        """K when training began."""
         self.task = task
         self.config = config
         self.algo = algo
@@ -90,18 +95,22 @@ class Trainer:
         late = limit is not None and self.wall_clock_s >= 60 * limit
         return late or self.env_steps >= self.config.env_steps
 
+    @property
+    def progress(self) -> float:
+        """Share of the environment steps that is done, in [0, 1]."""
+        return min(self.env_steps / self.config.env_steps, 1.0)
+
     def iterate(self, on_step: Callable[[int], None] = lambda env_steps: None) -> Row:
         """One iteration; its row of metrics. ``on_step`` hears of environment steps as they happen."""
         began = time.perf_counter()
+        self._anneal()
         rollout = collect_rollout(self.actor, self.policy, self.config.rollout_steps, on_step, self.storage)
         collected = time.perf_counter()
         values, next_values = self._values(rollout)  # [T, N] each
         scored = time.perf_counter()
         batch = self._batch(rollout, values, next_values)
         estimated = time.perf_counter()
-        metrics = self.update_rule.update(
-            batch, progress=self.env_steps / self.config.env_steps, iteration=self.iteration
-        )
+        metrics = self.update_rule.update(batch, progress=self.progress, iteration=self.iteration)
         self.policy.observe(rollout.obs[rollout.valid][:, -1])
         now = time.perf_counter()
         self.iteration += 1
@@ -120,6 +129,20 @@ class Trainer:
             "advantages_s": estimated - scored,
             "update_s": now - estimated,
         }
+
+    def _anneal(self) -> None:
+        """What changes with the progress of training. Fewer fine-tuned steps make another policy, trained on alike."""
+        self.config.anneal.apply(self.policy, self.progress)
+        steps = self.config.anneal.steps_at(self.progress, self.first_steps)
+        if steps >= self.policy.num_steps:
+            return
+        assert isinstance(self.policy, DiffusionPolicy)
+        learned, generator = self.update_rule.state_dict(), self.update_rule.generator
+        self.policy = self.policy.with_fewer_finetuned_steps(steps)
+        self.config.anneal.apply(self.policy, self.progress)
+        self.update_rule = make_update_rule(self.algo, self.policy, self.critic, generator)
+        self.update_rule.load_state_dict(learned)
+        self.storage = Storage.of(self.policy, self.config.rollout_steps, self.config.num_envs)
 
     @torch.no_grad()
     def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:

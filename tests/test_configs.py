@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from dppo.annealing import Annealing
 from dppo.building import DEFAULT_SAMPLER, PARTS, build_policy, build_task, build_update_rule
 from dppo.cli import COMMANDS
 from dppo.cloning import CloningConfig
@@ -258,9 +259,10 @@ def test_the_evaluation_lists_every_setting_that_an_evaluation_has(command):
 
 def test_the_commands_list_every_setting_of_their_records():
     assert fields(TrainerConfig) <= keys("finetune.yaml")
+    assert set(compose_config("finetune", [])["anneal"]) == fields(Annealing)
     assert fields(CloningConfig) <= keys("pretrain.yaml")
     assert fields(EvaluationConfig) <= keys("evaluate.yaml")
-    assert fields(TrainerConfig) - {"seed", "max_minutes"} < set(
+    assert fields(TrainerConfig) - {"seed", "max_minutes", "anneal"} < set(
         compose_config("collect", [])["demonstrator"]["expert"]
     )
 

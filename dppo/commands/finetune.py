@@ -52,8 +52,8 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
                 checkpoint = _train(trainer, directory, logger, evaluation, interval, config["checkpoint_interval"])
             finally:
                 write_json(directory.summary_path, _summary(config, trainer, before, None))
-            after, _ = evaluate_with_progress(policy, task, evaluation, "after")
-        videos |= _videos(config, directory, policy, task, "after")
+            after, _ = evaluate_with_progress(trainer.policy, task, evaluation, "after")
+        videos |= _videos(config, directory, trainer.policy, task, "after")
     finally:
         trainer.close()
     summary = _summary(config, trainer, before, after)
@@ -107,7 +107,7 @@ def _summary(
 
 def trainer_config(config: Mapping[str, Any]) -> TrainerConfig:
     """The trainer's part of a composed configuration."""
-    names = ("env_steps", "num_envs", "rollout_steps", "max_minutes", "seed")
+    names = ("env_steps", "num_envs", "rollout_steps", "max_minutes", "seed", "anneal")
     return config_from_dict(TrainerConfig, {name: config[name] for name in names}, "finetune")
 
 

@@ -5,6 +5,7 @@ Schulman et al. 2017; Ren et al. 2024, algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -178,3 +179,12 @@ class FirstOrder:
             "speed": self.speed,
             "generator": self.generator.get_state(),
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.optimizer.load_state_dict(state["actor_optimizer"])
+        if self.critic_fit is not None:
+            self.critic_fit.load_state_dict(state["critic_optimizer"])
+        self.surrogate.load_state_dict(state["surrogate"])
+        self.speed = state["speed"]
+        self.generator.set_state(state["generator"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -234,6 +234,11 @@ class NaturalGradient:
     def state_dict(self) -> dict[str, Any]:
         """The critic's optimiser and the state of the generator."""
         return {"critic_optimizer": self.critic_fit.state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.critic_fit.load_state_dict(state["critic_optimizer"])
+        self.generator.set_state(state["generator"])
 
 
 def _all_pairs(batch: Batch) -> Tensor:

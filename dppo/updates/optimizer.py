@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ BETAS = (0.9, 0.999)
 """Of AdamW: how long it remembers gradients, and their squares."""
 EPSILON = 1e-8
 """Of AdamW: what is added to the root of the mean square."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""Of AdamW: what it remembers, and for how many steps."""
 
 
 class FlatAdamW:
@@ -85,5 +88,10 @@ class FlatAdamW:
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments [P] and settings of AdamW."""
-        return self.adamw.state_dict()
+        """The moments [P] of AdamW."""
+        return dict(zip(MOMENTS, self.moments, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        for name, moment in zip(MOMENTS, self.moments, strict=True):
+            moment.copy_(state[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,12 +30,19 @@ CONFIGS: dict[str, type[UpdateConfig]] = {
 class UpdateRule(Protocol):
     """How a policy and its critic learn from a rollout."""
 
+    generator: torch.Generator
+    """Draws all its random numbers."""
+
     def update(self, batch: Batch, *, progress: float, iteration: int) -> dict[str, float | None]:
         """One update; its metrics. See `FirstOrder.update`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it has learned beside the networks, as tensors and plain values."""
+        """All that it has learned beside the networks, as tensors (live ones) and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, of a rule of the same kind and networks of the same shapes."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,9 @@ class Surrogate(ABC):
     def state_dict(self) -> dict[str, Any]:
         """What `adapt` has learned."""
         return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (most have learned nothing)
+        """Take over what `state_dict` gave."""
 
 
 class LogLikelihood(Surrogate):
@@ -108,3 +112,6 @@ class PenalisedRatio(Surrogate):
 
     def state_dict(self) -> dict[str, Any]:
         return {"beta": self.beta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.beta.copy_(state["beta"])

@@ -60,7 +60,7 @@ def test_weights_and_moments_and_what_is_sampled_stay_in_float32(make_trainer, k
         row = trainer.iterate()
     trainer.close()
     optimizer = trainer.update_rule.optimizer
-    (moments,) = optimizer.state_dict()["state"].values()
+    moments = optimizer.state_dict()
     tensors = [*trainer.policy.parameters(), optimizer.parameters.values, moments["exp_avg"], moments["exp_avg_sq"]]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert trainer.storage.log_prob_factors.dtype == torch.float32

@@ -403,7 +403,7 @@ def test_both_learning_rates_follow_the_schedule(make_trainer, schedule, factor)
     progress = 0.5 if schedule == "cosine" else 0.375 / 0.9
     metrics = trainer.update_rule.update(rollout_batch(trainer), progress=progress, iteration=0)
     optimizers = trainer.update_rule.optimizer, trainer.update_rule.critic_fit.optimizer
-    used = [optimizer.state_dict()["param_groups"][0]["lr"] for optimizer in optimizers]
+    used = [optimizer.learning_rate for optimizer in optimizers]
     assert used == pytest.approx([0.01 * factor, 0.02 * factor])
     assert [metrics["actor_learning_rate"], metrics["critic_learning_rate"]] == pytest.approx(used)
 

@@ -77,7 +77,7 @@ def test_a_gradient_is_shortened_to_the_largest_norm_allowed(max_grad_norm, leng
     optimizer = flat(weights, max_grad_norm=max_grad_norm)
     loss = 6 * weights[0].sum() + 8 * weights[1].sum()
     optimizer.step(optimizer.parameters.gradient(loss), loss.detach() if checked else None)
-    (moments,) = optimizer.state_dict()["state"].values()
+    moments = optimizer.state_dict()
     learned = moments["exp_avg"] / 0.1
     assert learned.tolist() == pytest.approx([0.6 * length, 0.8 * length], rel=1e-4)
 
@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(max_grad_norm):
     with pytest.raises(UserError, match=message):
         optimizer.step(optimizer.parameters.gradient(loss), loss.detach())
     assert weight.tolist() == [0.0, 0.0]
-    assert optimizer.state_dict()["state"] == {}
+    assert not any(moment.any() for moment in optimizer.state_dict().values())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
