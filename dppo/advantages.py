@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, the same for every policy (Schulman et al. 2016)."""
+"""Advantages as pure functions of rewards and values, the same for every policy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def gae(
     terminated: Tensor,
     truncated: Tensor,
     *,
-    gamma: float,
+    gamma: float | Tensor,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and lambda-returns, [T, N] each.
+    """Advantages and lambda-returns, [T, N] each (Schulman et al. 2016).
 
     Args:
         rewards: [T, N].
@@ -24,16 +24,17 @@ def gae(
         next_values: [T, N], V of the true successor: at a truncation the final observation's, not the reset one's.
         terminated: [T, N] bool; stops the bootstrap.
         truncated: [T, N] bool; cuts the lambda-sum but keeps the bootstrap.
-        gamma: discount per row.
+        gamma: discount of what follows a row; of all of them, or [T, N].
         gae_lambda: lambda in [0, 1].
     """
     next_values = torch.where(terminated, 0.0, next_values)
     ended = terminated | truncated
     deltas = rewards + gamma * next_values - values
     advantages = torch.empty_like(rewards)
+    decay = gae_lambda * gamma * torch.ones_like(rewards)
     following = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        following = deltas[t] + torch.where(ended[t], 0.0, gamma * gae_lambda * following)
+        following = deltas[t] + torch.where(ended[t], 0.0, decay[t] * following)
         advantages[t] = following
     return advantages, advantages + values
 
@@ -48,6 +49,11 @@ def normalized(advantages: Tensor) -> Tensor:
     if advantages.numel() < 2:
         return torch.zeros_like(advantages)
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def group_advantages(returns: Tensor, size: int) -> Tensor:
+    """[N]: returns of episodes, `normalized` in each consecutive group of so many (Shao et al. 2024, section 4.1.2)."""
+    return torch.cat([normalized(group) for group in returns.split(size)])
 
 
 def clipped_to_quantiles(values: Tensor, low: float, high: float) -> Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from dppo import estimators
 from dppo.checkpoint import SCRATCH, find_policy, load_policy
 from dppo.configuration import default_settings, options
 from dppo.envs.vector import Spaces, space_dims
+from dppo.estimators import AdvantageConfig
 from dppo.task import Task
 from dppo.updates.config import UpdateConfig
 from dppo.updates.rules import CONFIGS
@@ -23,6 +25,7 @@ Plain = Mapping[str, Any]
 PARTS = ("network", "sampler")
 """Groups of a configuration that are settings of the policy."""
 DEFAULT_SAMPLER = "ddpm"
+Record = TypeVar("Record")
 
 
 def build_task(config: Plain) -> Task:
@@ -51,11 +54,26 @@ def build_update_rule(config: Plain) -> UpdateConfig:
     Raises:
         UserError: an unknown rule or setting.
     """
-    settings = dict(config["algo"])
+    return _of_type(CONFIGS, config, "algo")
+
+
+def build_advantage(config: Plain) -> AdvantageConfig:
+    """The settings of the estimator that ``advantage`` names.
+
+    Raises:
+        UserError: an unknown estimator or setting.
+    """
+    return _of_type(estimators.CONFIGS, config, "advantage")
+
+
+def _of_type(kinds: Mapping[str, type[Record]], config: Plain, group: str) -> Record:
+    """The record of a group's settings, by their ``type``."""
+    settings = dict(config[group])
     name = settings.pop("type", None)
-    if name not in CONFIGS:
-        raise UserError(f"unknown algo.type {name!r}{near_misses(str(name), CONFIGS)}; there are: {', '.join(CONFIGS)}")
-    return config_from_dict(CONFIGS[name], settings, "algo")
+    if name not in kinds:
+        known = ", ".join(kinds)
+        raise UserError(f"unknown {group}.type {name!r}{near_misses(str(name), kinds)}; there are: {known}")
+    return config_from_dict(kinds[name], settings, group)
 
 
 def demonstrable_spaces(task: Task) -> Spaces:

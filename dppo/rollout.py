@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -97,8 +97,10 @@ class Rollout:
     """[T, N, K+1, *latent]"""
     log_prob_factors: Tensor
     """[T, N, K, *F], scored while sampling."""
-    rewards: Tensor
-    """[T, N], summed over the executed steps of each chunk."""
+    step_rewards: Tensor
+    """[T, N, Ta], of each environment step; zero after the end of an episode."""
+    steps: Tensor
+    """[T, N], executed environment steps."""
     terminated: Tensor
     """[T, N] bool"""
     truncated: Tensor
@@ -115,6 +117,11 @@ class Rollout:
     """Environment steps executed."""
     environment_s: float
     """Wall-clock that the environments took."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """[T, N], summed over the executed steps of each chunk."""
+        return self.step_rewards.sum(2)
 
 
 @dataclass(frozen=True)
@@ -141,8 +148,8 @@ class Actor:
         self.tracker = EpisodeTracker(env.num_envs, success_reward)
         self.obs: np.ndarray | None = None
 
-    def reset(self, seed: int) -> None:
-        """Start new episodes everywhere."""
+    def reset(self, seed: int | list[int]) -> None:
+        """Start new episodes everywhere; environment i with seed + i, or with its own of a list."""
         self.obs = self.env.reset(seed)
         self.tracker = EpisodeTracker(self.env.num_envs, self.tracker.success_reward)
 
@@ -160,7 +167,6 @@ class Actor:
         return Acted(obs, sample, step, self.tracker.update(step), time.perf_counter() - sampled)
 
 
-@single_thread()
 def collect_rollout(
     actor: Actor,
     policy: Policy,
@@ -180,11 +186,36 @@ def collect_rollout(
     storage = Storage.of(policy, steps, actor.env.num_envs) if storage is None else storage
     if len(storage.obs) != steps:
         raise ValueError(f"a rollout of {steps} steps does not fit a storage of {len(storage.obs)}")
+    return _collect(actor, (actor.act(policy) for _ in range(steps)), on_step, storage)
+
+
+def collect_episodes(
+    actor: Actor, policy: Policy, steps: int, on_step: Callable[[int], None], storage: Storage
+) -> Rollout:
+    """The episode of each environment until its end, or until ``steps`` chunk steps are over; the rest is not valid.
+
+    See `collect_rollout`; there are fewer steps where all of the episodes are shorter.
+    """
+
+    def acts() -> Iterator[Acted]:
+        running = np.ones(actor.env.num_envs, dtype=bool)
+        for _ in range(steps):
+            acted = actor.act(policy)
+            step = replace(acted.step, valid=acted.step.valid & running)
+            yield replace(acted, step=step, episodes=[each for each in acted.episodes if running[each.env]])
+            running = running & ~(step.terminated | step.truncated)
+            if not running.any():
+                return
+
+    return _collect(actor, acts(), on_step, storage)
+
+
+@single_thread()
+def _collect(actor: Actor, acts: Iterable[Acted], on_step: Callable[[int], None], storage: Storage) -> Rollout:
     outcomes: list[Step] = []
     episodes: list[EpisodeResult] = []
     environment_s = 0.0
-    for t in range(steps):
-        acted = actor.act(policy)
+    for t, acted in enumerate(acts):
         storage.write(t, acted)
         outcomes.append(acted.step)
         episodes += acted.episodes
@@ -192,19 +223,21 @@ def collect_rollout(
         on_step(int(acted.step.steps.sum()))
     device = actor.generator.device
 
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([getattr(step, name) for step in outcomes])
+    def stacked(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(step, name) for step in outcomes])).to(device)
 
     truncated_obs = np.concatenate([step.final_obs[step.truncated] for step in outcomes])
+    steps = stacked("steps")
     return Rollout(
-        **vars(storage),
-        rewards=torch.from_numpy(stacked("step_rewards").sum(2)).float().to(device),
-        terminated=torch.from_numpy(stacked("terminated")).to(device),
-        truncated=torch.from_numpy(stacked("truncated")).to(device),
-        valid=torch.from_numpy(stacked("valid")).to(device),
+        **{name: kept[: len(outcomes)] for name, kept in vars(storage).items()},
+        step_rewards=stacked("step_rewards").float(),
+        steps=steps,
+        terminated=stacked("terminated"),
+        truncated=stacked("truncated"),
+        valid=stacked("valid"),
         last_obs=torch.from_numpy(outcomes[-1].obs).to(device),
         truncated_obs=torch.from_numpy(truncated_obs).to(device),
         episodes=episodes,
-        env_steps=int(stacked("steps").sum()),
+        env_steps=int(steps.sum()),
         environment_s=environment_s,
     )

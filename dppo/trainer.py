@@ -11,22 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dppo.advantages import gae
 from dppo.annealing import Annealing
-from dppo.critic import make_critic
+from dppo.critic import LatentCritic, make_critic
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env
+from dppo.estimators import AdvantageConfig, GAEConfig, Values, make_estimator
 from dppo.output.metrics import Row
-from dppo.reward_scaling import RewardScaler
-from dppo.rollout import Actor, EpisodeResult, Rollout, Storage, collect_rollout
+from dppo.rollout import Actor, EpisodeResult, Rollout, Storage
 from dppo.task import Task
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
 from dppo.updates.rules import make_update_rule
-from policies import DiffusionPolicy, Policy
-
-VALUE_BATCH = 16_384
-"""Rows of observations that the critic sees at once outside of updates; bounds the memory of its hidden layers."""
+from policies import DiffusionPolicy, Policy, UserError
 
 
 @dataclass(frozen=True)
@@ -55,9 +51,21 @@ class Trainer:
     """A policy in training."""
 
     def __init__(
-        self, policy: Policy, task: Task, config: TrainerConfig, algo: UpdateConfig, critic: Mapping[str, Any]
+        self,
+        policy: Policy,
+        task: Task,
+        config: TrainerConfig,
+        algo: UpdateConfig,
+        critic: Mapping[str, Any],
+        advantage: AdvantageConfig | None = None,
     ) -> None:
-        """``critic`` is the network of the critic as plain data. The policy is trained in place, on its device."""
+        """``critic`` is the critic as plain data, see `make_critic`; ``advantage`` is `GAEConfig` unless given.
+
+        The policy is trained in place, on its device.
+
+        Raises:
+            UserError: settings that do not go together.
+        """
         config.anneal.check(policy)
         self.policy = policy.train()
         self.first_steps = policy.num_steps
@@ -66,11 +74,15 @@ class Trainer:
         self.config = config
         self.algo = algo
         device = next(policy.parameters()).device
-        seeds = [int(seed) for seed in np.random.SeedSequence(config.seed).generate_state(4)]
+        seeds = [int(seed) for seed in np.random.SeedSequence(config.seed).generate_state(5)]
         torch.manual_seed(seeds[0])  # of the critic's weights
-        self.critic = make_critic(critic, policy).to(device)
+        self.critic = make_critic(critic, policy)
+        if self.critic is not None:
+            self.critic = self.critic.to(device)
+        if isinstance(self.critic, LatentCritic) and config.anneal.finetuned_steps is not None:
+            raise UserError("critic=latent knows inner steps by their number: leave anneal.finetuned_steps out")
         self.update_rule = make_update_rule(algo, policy, self.critic, torch.Generator(device).manual_seed(seeds[1]))
-        self.reward_scaler = RewardScaler(config.num_envs, algo.gamma).to(device)
+        self.estimator = make_estimator(advantage or GAEConfig(), algo, policy, self.critic, config.num_envs, seeds[4])
         env = make_vector_env(
             task,
             config.num_envs,
@@ -104,11 +116,12 @@ class Trainer:
         """One iteration; its row of metrics. ``on_step`` hears of environment steps as they happen."""
         began = time.perf_counter()
         self._anneal()
-        rollout = collect_rollout(self.actor, self.policy, self.config.rollout_steps, on_step, self.storage)
+        steps = self.config.rollout_steps
+        rollout = self.estimator.collect(self.actor, self.policy, steps, on_step, self.storage)
         collected = time.perf_counter()
-        values, next_values = self._values(rollout)  # [T, N] each
+        values = self.estimator.score(self.policy, rollout)
         scored = time.perf_counter()
-        batch = self._batch(rollout, values, next_values)
+        batch = self._batch(rollout, values)
         estimated = time.perf_counter()
         metrics = self.update_rule.update(batch, progress=self.progress, iteration=self.iteration)
         self.policy.observe(rollout.obs[rollout.valid][:, -1])
@@ -144,33 +157,8 @@ class Trainer:
         self.update_rule.load_state_dict(learned)
         self.storage = Storage.of(self.policy, self.config.rollout_steps, self.config.num_envs)
 
-    @torch.no_grad()
-    def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """V(s_t) and V of the true successor of each row, [T, N] each; every observation is seen once."""
-        shape = rollout.rewards.shape
-        obs = torch.cat([rollout.obs.flatten(0, 1), rollout.last_obs, rollout.truncated_obs])
-        parts = [self.critic(self.policy.normalize_obs(part)) for part in obs.split(VALUE_BATCH)]
-        values, after_last, at_truncation = torch.cat(parts).split(
-            [shape.numel(), shape[1], len(rollout.truncated_obs)]
-        )
-        values = values.view(shape)
-        next_values = torch.cat([values[1:], after_last[None]])
-        next_values[rollout.truncated] = at_truncation
-        return values, next_values
-
-    def _batch(self, rollout: Rollout, values: Tensor, next_values: Tensor) -> Batch:
-        rewards = rollout.rewards
-        if self.algo.reward_scaling:
-            rewards = self.reward_scaler(rewards, rollout.terminated | rollout.truncated, rollout.valid)
-        advantages, returns = gae(
-            rewards,
-            values,
-            next_values,
-            rollout.terminated,
-            rollout.truncated,
-            gamma=self.algo.gamma,
-            gae_lambda=self.algo.gae_lambda,
-        )
+    def _batch(self, rollout: Rollout, values: Values | None) -> Batch:
+        estimate = self.estimator.estimate(rollout, values)
         whole = bool(rollout.valid.all())
 
         def rows(column: Tensor) -> Tensor:
@@ -180,16 +168,16 @@ class Trainer:
             obs=rows(rollout.obs),
             chain=rows(rollout.chain),
             log_prob_factors=rows(rollout.log_prob_factors),
-            advantages=rows(advantages)[:, None].expand(-1, self.policy.num_steps),
-            returns=rows(returns),
-            values=rows(values),
+            advantages=rows(estimate.advantages).expand(-1, self.policy.num_steps),
+            returns=None if estimate.returns is None else rows(estimate.returns),
+            values=None if estimate.values is None else rows(estimate.values),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """All that training has learned beside the policy, as tensors and plain values."""
         return {
-            "critic": self.critic.state_dict(),
-            "reward_scaler": self.reward_scaler.state_dict(),
+            "critic": {} if self.critic is None else self.critic.state_dict(),
+            "estimator": self.estimator.state_dict(),
             "update_rule": self.update_rule.state_dict(),
             "actor_generator": self.actor.generator.get_state(),
             "iteration": self.iteration,

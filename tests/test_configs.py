@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from dppo import estimators
 from dppo.annealing import Annealing
-from dppo.building import DEFAULT_SAMPLER, PARTS, build_policy, build_task, build_update_rule
+from dppo.building import DEFAULT_SAMPLER, PARTS, build_advantage, build_policy, build_task, build_update_rule
 from dppo.cli import COMMANDS
 from dppo.cloning import CloningConfig
 from dppo.commands.finetune import trainer_config
 from dppo.comparison.plan import ComparisonConfig, plan
 from dppo.configuration import compose_config, config_directory, groups_of, options
-from dppo.critic import Critic
+from dppo.critic import make_critic
 from dppo.envs.vector import Spaces, space_dims
 from dppo.evaluation import EvaluationConfig
 from dppo.output.run_directory import RunDirectory
@@ -63,8 +64,10 @@ def build_everything(command: str, config: dict[str, Any]) -> None:
             build_policy(config, spaces)
     if command in ("finetune", "collect"):
         assert type(build_update_rule(config)) is CONFIGS[config["algo"]["type"]]
-        if config["critic"]["type"] != "shared":  # which is part of a policy that not every task has
-            Critic(config["critic"], 1, spaces.obs_dim)
+        assert type(build_advantage(config)) is estimators.CONFIGS[config["advantage"]["type"]]
+        if config["critic"]["type"] != "shared" and fits(config, spaces):  # not every policy can share
+            critic = make_critic(config["critic"], build_policy(config, spaces))
+            assert (critic is None) == (config["critic"]["type"] == "none")
     if command in ("finetune", "pretrain"):
         evaluation = {key: value for key, value in config["evaluation"].items() if key != "interval"}
         config_from_dict(EvaluationConfig, evaluation, "evaluation")
@@ -226,6 +229,19 @@ def test_the_defaults_of_an_update_rule_are_those_of_its_record(name):
         "vpg": {"gae_lambda", "learning_rate", "critic_epochs", "critic_batch_size"},
     }
     assert own.keys() == shared.get(name, set())
+
+
+@pytest.mark.parametrize("name", options("advantage"))
+def test_every_estimator_of_advantages_lists_every_setting_that_it_has(name):
+    assert set(compose_config("finetune", [f"advantage={name}"])["advantage"]) - {"type"} == fields(
+        estimators.CONFIGS[name]
+    )
+
+
+def test_group_relative_advantages_come_without_a_critic_unless_told_otherwise():
+    config = compose_config("finetune", ["advantage=group"])
+    assert (config["critic"]["type"], config["algo"]["normalize_advantages"]) == ("none", False)
+    assert compose_config("finetune", ["advantage=group", "critic=mlp"])["critic"]["type"] == "mlp"
 
 
 @pytest.mark.parametrize("name", options("task"))

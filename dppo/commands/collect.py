@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from dppo.building import build_task, build_update_rule, demonstrable_spaces, scratch_policy
+from dppo.building import build_advantage, build_task, build_update_rule, demonstrable_spaces, scratch_policy
 from dppo.checkpoint import save_checkpoint
 from dppo.data import minari_store
 from dppo.data.recording import Demonstrator, check_storable, record
@@ -143,7 +143,7 @@ def _train_expert(
     algo = build_update_rule(config)
     settings = {"env_steps": env_steps, "num_envs": num_envs, "rollout_steps": rollout_steps, "seed": config["seed"]}
     size = config_from_dict(TrainerConfig, settings, "demonstrator.expert")
-    trainer = Trainer(policy, task, size, algo, config["critic"])
+    trainer = Trainer(policy, task, size, algo, config["critic"], build_advantage(config))
     reached = -np.inf
     try:
         sinks = build_sinks(config, directory, "env_steps")

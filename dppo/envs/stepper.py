@@ -65,8 +65,8 @@ class Stepper:
         """How the environments are stepped, for people to read."""
         return getattr(self.env, "stepped", "one after the other")
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
-        """Start an episode in every environment; environment i is seeded with seed + i.
+    def reset(self, seed: int | list[int] | None = None) -> np.ndarray:
+        """Start an episode in every environment; environment i is seeded with seed + i, or with its own of a list.
 
         Returns:
             Observations [N, To, Do] float32.
@@ -74,7 +74,7 @@ class Stepper:
         Raises:
             UserError: an observation is not finite.
         """
-        obs, _ = self.env.reset(seed=seed)
+        obs, _ = self.env.reset(seed=seed)  # type: ignore[arg-type]  # all vector environments take a list, too
         self._resets_next = np.zeros(self.num_envs, bool)
         obs = np.array(obs, np.float32)
         _require_finite(obs, "observation")

@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dppo.advantages import explained_variance
+
 GATHERED = 65_536
 """Rows that are copied into their random order at once. Small minibatches are slices of such a copy."""
 
@@ -26,10 +28,10 @@ class Batch:
     """[M, K, *F] under the policy that sampled"""
     advantages: Tensor
     """[M, K] of the action, as each inner step is told"""
-    returns: Tensor
-    """[M] targets of the critic"""
-    values: Tensor
-    """[M] the critic's estimates before the update"""
+    returns: Tensor | None
+    """[M] targets of the critic, or [M, K] of one that values inner steps; None: there is no critic"""
+    values: Tensor | None
+    """As ``returns``: the critic's estimates before the update"""
 
     @property
     def num_steps(self) -> int:
@@ -39,10 +41,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.obs)
 
+    def statistics(self) -> dict[str, float | None]:
+        """Metrics of what was sampled: the entropy, of actions or of the chain, and what the critic explains of it."""
+        of_critic: dict[str, float | None] = {}
+        if self.values is not None and self.returns is not None:
+            of_critic["explained_variance"] = explained_variance(self.values, self.returns)
+        return {"entropy": -float(self.log_prob_factors.sum()) / len(self), **of_critic}
+
     @property
-    def entropy(self) -> float:
-        """An estimate from what was sampled: of the actions, and where there are several inner steps, of the chain."""
-        return -float(self.log_prob_factors.sum()) / len(self)
+    def num_targets(self) -> int:
+        """How many `targets` there are."""
+        return 0 if self.returns is None else self.returns.numel()
 
     def pairs(self, indices: Tensor) -> Pairs:
         """Copies of the pairs ``row * K + step`` [B]."""
@@ -58,12 +67,18 @@ class Batch:
 
     def joint_pairs(self, indices: Tensor) -> JointPairs:
         """As `pairs`."""
+        assert self.returns is not None and self.values is not None
         rows = indices // self.num_steps
         return JointPairs(**vars(self.pairs(indices)), returns=self.returns[rows], values=self.values[rows])
 
-    def targets(self, rows: Tensor) -> Targets:
-        """Copies of what the critic learns from, of the rows [B]."""
-        return Targets(self.obs[rows], self.returns[rows], self.values[rows])
+    def targets(self, indices: Tensor) -> Targets | InnerTargets:
+        """Copies of what the critic learns from, of the rows [B], or as of `pairs` if it values inner steps."""
+        assert self.returns is not None and self.values is not None
+        if self.returns.dim() == 1:
+            return Targets(self.obs[indices], self.returns[indices], self.values[indices])
+        rows, steps = indices // self.num_steps, indices % self.num_steps
+        known = self.obs[rows], self.returns[rows, steps], self.values[rows, steps]
+        return InnerTargets(*known, self.chain[rows, steps], steps)
 
 
 @dataclass(frozen=True)
@@ -111,8 +126,27 @@ class Targets:
     def __len__(self) -> int:
         return len(self.returns)
 
+    @property
+    def inner(self) -> tuple[Tensor, ...]:
+        """What the critic sees beside the observations."""
+        return ()
 
-Record = TypeVar("Record", Pairs, JointPairs, Targets, tuple[Tensor, ...])
+
+@dataclass(frozen=True)
+class InnerTargets(Targets):
+    """B inner steps."""
+
+    latent: Tensor
+    """[B, *latent], z_k"""
+    step: Tensor
+    """[B] integers, k"""
+
+    @property
+    def inner(self) -> tuple[Tensor, ...]:
+        return self.latent, self.step
+
+
+Record = TypeVar("Record", Pairs, JointPairs, Targets, InnerTargets, tuple[Tensor, ...])
 """Tensors that have their B rows in common."""
 
 

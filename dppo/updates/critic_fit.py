@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dppo.critic import Critic
+from dppo.critic import Critic, LatentCritic
 from dppo.surrogates import value_losses
 from dppo.updates.batch import Batch, Targets, minibatches, partition
 from dppo.updates.config import UpdateConfig
@@ -20,9 +20,11 @@ from policies import Policy
 
 
 class CriticFit:
-    """Minibatch epochs with Adam; each environment step is met once an epoch, however many inner steps there are."""
+    """Minibatch epochs with Adam; each environment step is met once an epoch (or inner step)."""
 
-    def __init__(self, config: UpdateConfig, policy: Policy, critic: Critic, generator: torch.Generator) -> None:
+    def __init__(
+        self, config: UpdateConfig, policy: Policy, critic: Critic | LatentCritic, generator: torch.Generator
+    ) -> None:
         """The policy scales the observations; ``generator`` draws the minibatches."""
         self.config = config
         self.policy = policy
@@ -40,7 +42,7 @@ class CriticFit:
 
     def rows(self, targets: Targets) -> Rows:
         """The losses of B environment steps."""
-        values = self.critic(self.policy.normalize_obs(targets.obs))
+        values = self.critic(self.policy.normalize_obs(targets.obs), *targets.inner)
         return (value_losses(values, targets.returns, targets.values, self.config.value_clip),)
 
     def fit(
@@ -59,10 +61,11 @@ class CriticFit:
         """
         self.optimizer.learning_rate = learning_rate_factor * self.config.critic_learning_rate
         size = self.config.critic_batch_size
-        count = minibatches_per_epoch if size is None else math.ceil(len(batch) / size)
+        rows = batch.num_targets
+        count = minibatches_per_epoch if size is None else math.ceil(rows / size)
         losses: list[Tensor] = []
         for _ in range(self.config.critic_epochs or epochs):
-            for targets in minibatches(batch.targets, partition(len(batch), min(count, len(batch)), self.generator)):
+            for targets in minibatches(batch.targets, partition(rows, min(count, rows), self.generator)):
                 (of_rows,), _ = self._step(targets)
                 losses.append(of_rows.mean())
         value_loss = float(torch.stack(losses).mean())

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dppo.advantages import explained_variance, inner_discount
-from dppo.critic import Critic, SharedCritic
+from dppo.advantages import inner_discount
+from dppo.critic import AnyCritic, SharedCritic
 from dppo.precision import computing_in
 from dppo.surrogates import approximate_kl, divergence_terms, entropy_terms, log_ratio, value_losses
 from dppo.threads import single_thread
@@ -32,7 +32,7 @@ class FirstOrder:
     """Minibatch epochs with Adam on a surrogate; the critic is fitted after it, or with it if it is shared."""
 
     def __init__(
-        self, config: FirstOrderConfig, policy: Policy, critic: Critic | SharedCritic, generator: torch.Generator
+        self, config: FirstOrderConfig, policy: Policy, critic: AnyCritic | None, generator: torch.Generator
     ) -> None:
         """``generator`` draws the minibatches.
 
@@ -44,9 +44,10 @@ class FirstOrder:
         self.config = config
         self.policy = policy
         self.generator = generator
-        self.critic_fit = None if isinstance(critic, SharedCritic) else CriticFit(config, policy, critic, generator)
+        own = None if isinstance(critic, SharedCritic) else critic
+        self.critic_fit = None if own is None else CriticFit(config, policy, own, generator)
         self.shared = critic if isinstance(critic, SharedCritic) else None
-        trained = policy if self.shared is None else nn.ModuleList([policy, critic])
+        trained = policy if self.shared is None else nn.ModuleList([policy, self.shared])
         self.optimizer = FlatAdamW(
             trained.parameters(),
             learning_rate=config.learning_rate,
@@ -135,8 +136,7 @@ class FirstOrder:
             )
         return {
             **metrics,
-            "entropy": batch.entropy,
-            "explained_variance": explained_variance(batch.values, batch.returns),
+            **batch.statistics(),
             "actor_learning_rate": self.optimizer.learning_rate,
             "actor_steps": steps,
         }

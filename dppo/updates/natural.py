@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from dppo.advantages import explained_variance, inner_discount
-from dppo.critic import Critic
+from dppo.advantages import inner_discount
+from dppo.critic import Critic, LatentCritic
 from dppo.precision import computing_in
 from dppo.surrogates import divergence_terms, kl_terms, log_ratio, ratio_of
 from dppo.threads import map_in_threads, rows_per_part, single_thread
@@ -106,12 +106,18 @@ class Judgement:
 class NaturalGradient:
     """One step along F^-1 g a rollout, of all its pairs; the critic is fitted with Adam."""
 
-    def __init__(self, config: NaturalConfig, policy: Policy, critic: Critic, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        config: NaturalConfig,
+        policy: Policy,
+        critic: Critic | LatentCritic | None,
+        generator: torch.Generator,
+    ) -> None:
         """``generator`` draws the critic's minibatches, and the pairs of the Fisher information."""
         self.config = config
         self.policy = policy
         self.generator = generator
-        self.critic_fit = CriticFit(config, policy, critic, generator)
+        self.critic_fit = None if critic is None else CriticFit(config, policy, critic, generator)
         self.parameters = FlatParameters(policy.parameters())
         device = self.parameters.values.device
         self.discount = inner_discount(policy.num_steps, config.inner_gamma).to(device)  # [K]
@@ -125,11 +131,11 @@ class NaturalGradient:
         metrics: dict[str, float | None] = dict.fromkeys(METRICS)
         if iteration >= self.config.critic_warmup_iterations:
             metrics |= self._learn(batch)
-        metrics |= self.critic_fit.fit(batch, epochs=1, minibatches_per_epoch=1, learning_rate_factor=factor)
+        if self.critic_fit is not None:
+            metrics |= self.critic_fit.fit(batch, epochs=1, minibatches_per_epoch=1, learning_rate_factor=factor)
         return {
             **metrics,
-            "entropy": batch.entropy,
-            "explained_variance": explained_variance(batch.values, batch.returns),
+            **batch.statistics(),
         }
 
     def weighted(self, batch: Batch) -> Batch:
@@ -233,11 +239,13 @@ class NaturalGradient:
 
     def state_dict(self) -> dict[str, Any]:
         """The critic's optimiser and the state of the generator."""
-        return {"critic_optimizer": self.critic_fit.state_dict(), "generator": self.generator.get_state()}
+        fit = {} if self.critic_fit is None else {"critic_optimizer": self.critic_fit.state_dict()}
+        return {**fit, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self.critic_fit.load_state_dict(state["critic_optimizer"])
+        if self.critic_fit is not None:
+            self.critic_fit.load_state_dict(state["critic_optimizer"])
         self.generator.set_state(state["generator"])
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dppo.critic import Critic, SharedCritic
+from dppo.critic import AnyCritic, SharedCritic
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
 from dppo.updates.first_order import FirstOrder
@@ -47,7 +47,7 @@ class UpdateRule(Protocol):
 
 
 def make_update_rule(
-    config: UpdateConfig, policy: Policy, critic: Critic | SharedCritic, generator: torch.Generator
+    config: UpdateConfig, policy: Policy, critic: AnyCritic | None, generator: torch.Generator
 ) -> UpdateRule:
     """The rule of a configuration; ``generator`` draws its random numbers, on the policy's device.
 
@@ -56,9 +56,11 @@ def make_update_rule(
     """
     if isinstance(critic, SharedCritic) and not isinstance(config, FirstOrderConfig):
         raise UserError("a natural gradient is of the policy alone: choose critic=mlp in place of critic=shared")
+    if critic is None and config.critic_warmup_iterations:
+        raise UserError("there is no critic to warm up: set algo.critic_warmup_iterations=0")
     if isinstance(critic, SharedCritic) and config.critic_warmup_iterations:
         raise UserError("a critic that shares the policy's network cannot learn alone: set critic_warmup_iterations=0")
     if isinstance(config, FirstOrderConfig):
         return FirstOrder(config, policy, critic, generator)
-    assert isinstance(config, NaturalConfig) and isinstance(critic, Critic)
+    assert isinstance(config, NaturalConfig) and not isinstance(critic, SharedCritic)
     return NaturalGradient(config, policy, critic, generator)

@@ -95,6 +95,7 @@ def useful_flops(trainer: Trainer, row: Row) -> dict[str, float]:
     pairs = rows * policy.num_steps
     minibatches = math.ceil(pairs / config.batch_size)
     actor_passes = float(row["actor_steps"] or 0) / minibatches  # fewer than epochs where the target KL ended them
+    assert trainer.critic is not None
     critic = trainer.critic.network
     assert isinstance(critic, MLP)
     actor = DenoiserFlops.of(policy.network)

@@ -35,7 +35,7 @@ def test_a_checkpoint_holds_the_critic_the_optimisers_and_the_generators(small_p
     assert torch.equal(tensors["critic/network.input.weight"], trainer.critic.network.input.weight)
     assert torch.equal(tensors["actor_generator"], trainer.actor.generator.get_state())
     assert torch.equal(tensors["update_rule/generator"], trainer.update_rule.generator.get_state())
-    assert torch.equal(tensors["reward_scaler/discounted"], trainer.reward_scaler.discounted)
+    assert torch.equal(tensors["estimator/reward_scaler/discounted"], trainer.estimator.discounting.scaler.discounted)
     rule = trainer.update_rule
     for name, module, optimizer in (("actor", policy, rule.optimizer), ("critic", trainer.critic, rule.critic_fit)):
         moments = optimizer.state_dict()

@@ -33,7 +33,7 @@ def make_trainer(small_policy: Callable[..., Policy], task_of: Callable) -> Call
 
 def rollout_batch(trainer: Trainer) -> Batch:
     rollout = collect_rollout(trainer.actor, trainer.policy, trainer.config.rollout_steps)
-    return trainer._batch(rollout, *trainer._values(rollout))
+    return trainer._batch(rollout, trainer.estimator.score(trainer.policy, rollout))
 
 
 @pytest.mark.parametrize("kind", KINDS)

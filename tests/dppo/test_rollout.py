@@ -13,6 +13,7 @@ from dppo import trainer as trainer_module
 from dppo.advantages import gae
 from dppo.envs.stepper import Step, Stepper
 from dppo.envs.vector import make_vector_env
+from dppo.estimators import GAE
 from dppo.rollout import Actor, EpisodeResult, EpisodeTracker, Rollout, Storage, collect_rollout
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
@@ -262,6 +263,13 @@ class StepNumber(nn.Module):
         return normalized_obs[:, -1, 0]
 
 
+def values_of(trainer: Trainer, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """V(s_t) and V of the true successor, [T, N] each."""
+    values = trainer.estimator.score(trainer.policy, rollout)
+    assert values is not None
+    return values.current[..., 0], values.following
+
+
 @pytest.fixture
 def counting_trainer(small_policy, counting_task, monkeypatch) -> Callable[..., Trainer]:
     """A trainer in 3 counting environments, whose critic returns the number of the step."""
@@ -272,7 +280,8 @@ def counting_trainer(small_policy, counting_task, monkeypatch) -> Callable[..., 
         size = TrainerConfig(num_envs=NUM_ENVS, rollout_steps=steps)
         critic = {"type": "mlp", "hidden_dims": [4]}
         trainer = Trainer(policy, counting_task, size, PPOConfig(reward_scaling=False, **algo), critic)
-        trainer.critic = StepNumber()  # type: ignore[assignment]
+        assert isinstance(trainer.estimator, GAE)
+        trainer.estimator.critic = StepNumber()  # type: ignore[assignment]
         trainer.actor.reset(0)
         return trainer
 
@@ -287,7 +296,7 @@ def test_the_value_after_a_truncation_is_that_of_the_true_last_observation(count
     truncations = 0
     for _ in range(20 // steps):
         rollout = collect_rollout(trainer.actor, trainer.policy, steps)
-        values, next_values = trainer._values(rollout)
+        values, next_values = values_of(trainer, rollout)
         assert torch.equal(values, rollout.obs[:, :, -1, 0])
         assert len(rollout.truncated_obs) == rollout.truncated.sum()
         for t, env in rollout.valid.nonzero().tolist():
@@ -303,9 +312,9 @@ def test_the_value_after_a_truncation_is_that_of_the_true_last_observation(count
 def test_many_observations_are_valued_in_parts_as_in_one_go(counting_trainer, monkeypatch):
     trainer = counting_trainer(AutoresetMode.SAME_STEP, 2, 20)
     rollout = collect_rollout(trainer.actor, trainer.policy, 20)
-    whole = trainer._values(rollout)
-    monkeypatch.setattr(trainer_module, "VALUE_BATCH", 7)
-    for ours, expected in zip(trainer._values(rollout), whole, strict=True):
+    whole = values_of(trainer, rollout)
+    monkeypatch.setattr("dppo.estimators.VALUE_BATCH", 7)
+    for ours, expected in zip(values_of(trainer, rollout), whole, strict=True):
         assert torch.equal(ours, expected)
 
 
@@ -315,7 +324,7 @@ def test_the_batch_is_the_same_in_every_autoreset_mode_without_the_bogus_rows_of
     for mode in MODES:
         trainer = counting_trainer(mode, chunk, 60, gamma=0.9, gae_lambda=0.8)
         rollout = collect_rollout(trainer.actor, trainer.policy, 60)
-        batch = trainer._batch(rollout, *trainer._values(rollout))
+        batch = trainer._batch(rollout, trainer.estimator.score(trainer.policy, rollout))
         assert len(batch) == int(rollout.valid.sum())
         assert (mode is AutoresetMode.NEXT_STEP) == (len(batch) < 60 * NUM_ENVS)
         env, episode = torch.arange(NUM_ENVS).expand(60, -1)[rollout.valid], batch.obs[:, -1, 1]
@@ -333,7 +342,7 @@ def test_the_batch_is_the_same_in_every_autoreset_mode_without_the_bogus_rows_of
 def test_the_advantages_of_a_counted_episode_by_hand(counting_trainer):
     trainer = counting_trainer(AutoresetMode.SAME_STEP, 3, 8, gamma=0.9, gae_lambda=0.5)
     rollout = collect_rollout(trainer.actor, trainer.policy, 8)
-    batch = trainer._batch(rollout, *trainer._values(rollout))
+    batch = trainer._batch(rollout, trainer.estimator.score(trainer.policy, rollout))
     advantages = batch.advantages.view(8, NUM_ENVS)
     # Environment 0 begins with an episode of 5 steps that terminates: chunks of rewards 1 + 2 + 3 and 4 + 5.
     second = 9 - 3
@@ -348,7 +357,7 @@ def test_the_advantages_of_a_counted_episode_by_hand(counting_trainer):
 def test_the_bootstrap_after_the_last_row_is_the_value_of_what_follows(counting_trainer):
     trainer = counting_trainer(AutoresetMode.SAME_STEP, 1, 2)
     rollout = collect_rollout(trainer.actor, trainer.policy, 2)
-    values, next_values = trainer._values(rollout)
+    values, next_values = values_of(trainer, rollout)
     assert next_values[-1, 0] == 2
     advantages, _ = gae(
         rollout.rewards, values, next_values, rollout.terminated, rollout.truncated, gamma=0.9, gae_lambda=0.5

@@ -202,15 +202,18 @@ def test_rewards_are_scaled_only_where_that_is_asked_for(make_trainer):
     for scaling in (True, False):
         trainer = make_trainer("gaussian", algo={"epochs": 1, "reward_scaling": scaling})
         trainer.iterate()
-        assert float(trainer.reward_scaler.statistics.count) == (24 if scaling else 0)
+        scaler = trainer.estimator.discounting.scaler
+        assert (scaler is None) == (not scaling)
+        assert scaler is None or float(scaler.statistics.count) == 24
 
 
 def test_the_return_that_scales_rewards_begins_anew_after_a_time_limit(make_trainer):
     task = Task("point", "Point-v0", {"length": 4, "reward": 1.0})
     trainer = make_trainer("gaussian", {"chunk": 1, "executed": 1}, task, rollout_steps=8, algo={"gamma": 0.5})
     trainer.iterate()
-    assert trainer.reward_scaler.discounted.tolist() == [0.0] * 3
-    assert float(trainer.reward_scaler.statistics.mean) == pytest.approx(np.mean([1, 1.5, 1.75, 1.875]))
+    scaler = trainer.estimator.discounting.scaler
+    assert scaler.discounted.tolist() == [0.0] * 3
+    assert float(scaler.statistics.mean) == pytest.approx(np.mean([1, 1.5, 1.75, 1.875]))
 
 
 # --- learning
@@ -242,7 +245,7 @@ def test_the_state_holds_what_a_continued_training_would_need(make_trainer):
     trainer.iterate()
     state = trainer.state_dict()
     counters = {"iteration", "env_steps", "wall_clock_s"}
-    assert set(state) == {"critic", "reward_scaler", "update_rule", "actor_generator"} | counters
+    assert set(state) == {"critic", "estimator", "update_rule", "actor_generator"} | counters
     assert set(state["update_rule"]) == {"actor_optimizer", "critic_optimizer", "surrogate", "speed", "generator"}
     assert (state["iteration"], state["env_steps"]) == (1, trainer.env_steps)
     assert state["update_rule"]["actor_optimizer"]["exp_avg"].any(), "the moments of Adam"

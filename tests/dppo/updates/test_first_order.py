@@ -72,7 +72,7 @@ def torch_threads() -> Iterator[Callable[[int], None]]:
 
 def rollout_batch(trainer: Trainer) -> Batch:
     rollout = collect_rollout(trainer.actor, trainer.policy, trainer.config.rollout_steps)
-    return trainer._batch(rollout, *trainer._values(rollout))
+    return trainer._batch(rollout, trainer.estimator.score(trainer.policy, rollout))
 
 
 def numbered(batch: Batch) -> Batch:

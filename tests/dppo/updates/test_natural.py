@@ -37,7 +37,7 @@ def make_trainer(small_policy, task_of) -> Callable[..., Trainer]:
 
 def rollout_batch(trainer: Trainer) -> Batch:
     rollout = collect_rollout(trainer.actor, trainer.policy, trainer.config.rollout_steps)
-    return trainer._batch(rollout, *trainer._values(rollout))
+    return trainer._batch(rollout, trainer.estimator.score(trainer.policy, rollout))
 
 
 def rule_of(trainer: Trainer) -> NaturalGradient:
