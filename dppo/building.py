@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from dppo import estimators
+from dppo import anchors, estimators
+from dppo.anchors import Anchor, Imitation, KLPenalty, KLReward, Replay, ReplayConfig
 from dppo.checkpoint import SCRATCH, find_policy, load_policy
 from dppo.configuration import default_settings, options
+from dppo.data.demos import Episode, WindowDataset, check_dimensions, load_episodes
 from dppo.envs.vector import Spaces, space_dims
 from dppo.estimators import AdvantageConfig
 from dppo.task import Task
@@ -64,6 +66,40 @@ def build_advantage(config: Plain) -> AdvantageConfig:
         UserError: an unknown estimator or setting.
     """
     return _of_type(estimators.CONFIGS, config, "advantage")
+
+
+def build_anchor(config: Plain, policy: Policy, task: Task) -> Anchor | None:
+    """What ``anchor`` names, holding on to the policy as it is now; the demonstrations that it replays are the task's.
+
+    Raises:
+        UserError: an unknown anchor or setting, or demonstrations that are not there or do not fit.
+    """
+    name = config["anchor"]["type"]
+    if name == "none":
+        return None
+    settings = _of_type(anchors.CONFIGS, config, "anchor")
+    if not isinstance(settings, ReplayConfig):
+        kinds = {"imitation": Imitation, "kl": KLPenalty, "kl_reward": KLReward}
+        return kinds[name](settings.coefficient, policy)
+    episodes = load_demonstrations(task, settings.dataset, "anchor.dataset")
+    windows = WindowDataset(episodes, policy.config.history, policy.config.chunk)
+    return Replay(settings.coefficient, policy, windows.to(next(policy.parameters()).device))
+
+
+def load_demonstrations(task: Task, dataset: str | None, key: str = "dataset") -> list[Episode]:
+    """Those of a dataset, or of the task's own; ``key`` is what the user would name one with.
+
+    Raises:
+        UserError: they are not there, or of another task.
+    """
+    name = dataset or task.dataset
+    if not name:
+        raise UserError(f"task {task.name} names no dataset of demonstrations; set {key}=...")
+    same = "" if name == task.dataset else f" dataset={name}"
+    spaces = demonstrable_spaces(task)
+    episodes = load_episodes(name, hint=f"build it with `dppo collect task={task.name}{same}`, and your --config-dir")
+    check_dimensions(episodes, spaces.obs_dim, spaces.action_dim, spaces.discrete, dataset=f"dataset {name}")
+    return episodes
 
 
 def _of_type(kinds: Mapping[str, type[Record]], config: Plain, group: str) -> Record:

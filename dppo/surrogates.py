@@ -104,12 +104,18 @@ def divergence_terms(old: Distribution, new: Distribution, log_ratios: Tensor, e
         log_ratios: [B], of ``new`` to ``old`` where ``old`` has sampled.
         executed: as of `log_ratio`.
     """
+    divergences = closed_divergences(old, new, executed)
+    return kl_terms(log_ratios) if divergences is None else divergences
+
+
+def closed_divergences(old: Distribution, new: Distribution, executed: int | None = None) -> Tensor | None:
+    """KL(old || new) of each row [B], see `divergence_terms`; None where there is no closed form."""
     try:
         if isinstance(old, Independent) and isinstance(new, Independent):
             return _divergence(old.base_dist, new.base_dist)[:, :executed].flatten(1).sum(1)
         return _divergence(old, new)
     except NotImplementedError:
-        return kl_terms(log_ratios)
+        return None
 
 
 def _divergence(old: Distribution, new: Distribution) -> Tensor:

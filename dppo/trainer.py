@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dppo.anchors import Anchor, KLReward, anchor_state
 from dppo.annealing import Annealing
 from dppo.critic import LatentCritic, make_critic
 from dppo.envs.stepper import Stepper
@@ -21,6 +22,7 @@ from dppo.rollout import Actor, EpisodeResult, Rollout, Storage
 from dppo.task import Task
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
+from dppo.updates.extra import ExtraLoss
 from dppo.updates.rules import make_update_rule
 from policies import DiffusionPolicy, Policy, UserError
 
@@ -58,8 +60,11 @@ class Trainer:
         algo: UpdateConfig,
         critic: Mapping[str, Any],
         advantage: AdvantageConfig | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
         """``critic`` is the critic as plain data, see `make_critic`; ``advantage`` is `GAEConfig` unless given.
+
+        What ``anchor`` holds on to is the policy as it was when it was made.
 
         The policy is trained in place, on its device.
 
@@ -79,9 +84,14 @@ class Trainer:
         self.critic = make_critic(critic, policy)
         if self.critic is not None:
             self.critic = self.critic.to(device)
-        if isinstance(self.critic, LatentCritic) and config.anneal.finetuned_steps is not None:
-            raise UserError("critic=latent knows inner steps by their number: leave anneal.finetuned_steps out")
-        self.update_rule = make_update_rule(algo, policy, self.critic, torch.Generator(device).manual_seed(seeds[1]))
+        if config.anneal.finetuned_steps is not None and (isinstance(self.critic, LatentCritic) or anchor is not None):
+            raise UserError(
+                "anneal.finetuned_steps goes with neither critic=latent nor an anchor, which count inner steps"
+            )
+        self.anchor = anchor
+        extras = [anchor] if isinstance(anchor, ExtraLoss) else []
+        generator = torch.Generator(device).manual_seed(seeds[1])
+        self.update_rule = make_update_rule(algo, policy, self.critic, generator, extras)
         self.estimator = make_estimator(advantage or GAEConfig(), algo, policy, self.critic, config.num_envs, seeds[4])
         env = make_vector_env(
             task,
@@ -119,6 +129,9 @@ class Trainer:
         steps = self.config.rollout_steps
         rollout = self.estimator.collect(self.actor, self.policy, steps, on_step, self.storage)
         collected = time.perf_counter()
+        of_anchor: dict[str, float] = {}
+        if isinstance(self.anchor, KLReward):
+            rollout, of_anchor = self.anchor.adjusted(rollout)
         values = self.estimator.score(self.policy, rollout)
         scored = time.perf_counter()
         batch = self._batch(rollout, values)
@@ -136,6 +149,7 @@ class Trainer:
             "env_steps_per_s": rollout.env_steps / (now - began),
             **_episode_metrics(rollout.episodes),
             **metrics,
+            **of_anchor,
             "environment_s": rollout.environment_s,
             "sampling_s": collected - began - rollout.environment_s,
             "scoring_s": scored - collected,
@@ -177,6 +191,7 @@ class Trainer:
         """All that training has learned beside the policy, as tensors and plain values."""
         return {
             "critic": {} if self.critic is None else self.critic.state_dict(),
+            "anchor": anchor_state(self.anchor),
             "estimator": self.estimator.state_dict(),
             "update_rule": self.update_rule.state_dict(),
             "actor_generator": self.actor.generator.get_state(),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from dppo import estimators
+from dppo import anchors, estimators
 from dppo.annealing import Annealing
 from dppo.building import DEFAULT_SAMPLER, PARTS, build_advantage, build_policy, build_task, build_update_rule
 from dppo.cli import COMMANDS
@@ -242,6 +242,17 @@ def test_group_relative_advantages_come_without_a_critic_unless_told_otherwise()
     config = compose_config("finetune", ["advantage=group"])
     assert (config["critic"]["type"], config["algo"]["normalize_advantages"]) == ("none", False)
     assert compose_config("finetune", ["advantage=group", "critic=mlp"])["critic"]["type"] == "mlp"
+
+
+@pytest.mark.parametrize("name", options("anchor"))
+def test_every_anchor_lists_every_setting_that_it_has(name):
+    settings = dict(compose_config("finetune", [f"anchor={name}"])["anchor"])
+    assert settings.pop("type") == name
+    if name == "none":
+        assert not settings
+    else:
+        assert settings.keys() == fields(anchors.CONFIGS[name])
+        config_from_dict(anchors.CONFIGS[name], settings, "anchor")
 
 
 @pytest.mark.parametrize("name", options("task"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dppo.building import build_advantage, build_update_rule, policy_settings, starting_point
+from dppo.building import build_advantage, build_anchor, build_update_rule, policy_settings, starting_point
 from dppo.checkpoint import save_checkpoint, source_of
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
 from dppo.output.metrics import MetricsLogger, read_metrics
@@ -40,7 +40,8 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     policy, task = starting_point(config, overridden)
     policy = policy.to(device)
     config = {**config, "task": dataclasses.asdict(task), **policy_settings(policy)}
-    trainer = Trainer(policy, task, trainer_config(config), algo, config["critic"], build_advantage(config))
+    anchor = build_anchor(config, policy, task)
+    trainer = Trainer(policy, task, trainer_config(config), algo, config["critic"], build_advantage(config), anchor)
     try:
         name = f"finetune-{task.name}-{policy.type}-{config['algo']['type']}-seed{config['seed']}"
         directory = open_run(config, name, source_of(config["checkpoint"]))

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from dppo.building import build_policy, build_task, demonstrable_spaces, policy_settings, whole_chain
+from dppo.building import build_policy, build_task, load_demonstrations, policy_settings, whole_chain
 from dppo.checkpoint import save_checkpoint
 from dppo.cloning import Cloner, CloningConfig
-from dppo.data.demos import WindowDataset, bounds, check_dimensions, load_episodes, split_by_episode
+from dppo.data.demos import WindowDataset, bounds, split_by_episode
+from dppo.envs.vector import space_dims
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
 from dppo.output.metrics import MetricsLogger, read_metrics
 from dppo.output.plots import pretraining_curve
@@ -107,14 +108,8 @@ def _train(
 
 def _prepare(config: Mapping[str, Any], task: Task) -> tuple[Policy, WindowDataset, WindowDataset | None]:
     """The untrained policy, scaled by the demonstrations, and their training and validation windows."""
-    name = config["dataset"] or task.dataset
-    if not name:
-        raise UserError(f"task {task.name} names no dataset to clone; set dataset=...")
-    same = "" if name == task.dataset else f" dataset={name}"
-    spaces = demonstrable_spaces(task)
-    episodes = load_episodes(name, hint=f"build it with `dppo collect task={task.name}{same}`, and your --config-dir")
-    check_dimensions(episodes, spaces.obs_dim, spaces.action_dim, spaces.discrete, dataset=f"dataset {name}")
-    policy = build_policy(config, spaces, **whole_chain(config))
+    episodes = load_demonstrations(task, config["dataset"])
+    policy = build_policy(config, space_dims(task), **whole_chain(config))
     train, validation = split_by_episode(episodes, config["validation_fraction"], config["seed"])
     limits = bounds(train)
     policy.fit_observations(limits.obs_min, limits.obs_max)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,12 +65,6 @@ class Batch:
             self.advantages[rows, steps],
         )
 
-    def joint_pairs(self, indices: Tensor) -> JointPairs:
-        """As `pairs`."""
-        assert self.returns is not None and self.values is not None
-        rows = indices // self.num_steps
-        return JointPairs(**vars(self.pairs(indices)), returns=self.returns[rows], values=self.values[rows])
-
     def targets(self, indices: Tensor) -> Targets | InnerTargets:
         """Copies of what the critic learns from, of the rows [B], or as of `pairs` if it values inner steps."""
         assert self.returns is not None and self.values is not None
@@ -97,19 +91,11 @@ class Pairs:
     """[B, *F] of z_{k+1} under the policy that sampled"""
     advantages: Tensor
     """[B]"""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B, ...] each, what losses beside the surrogate have to know, by name"""
 
     def __len__(self) -> int:
         return len(self.step)
-
-
-@dataclass(frozen=True)
-class JointPairs(Pairs):
-    """B pairs, with what a critic learns from the same environment steps."""
-
-    returns: Tensor
-    """[B]"""
-    values: Tensor
-    """[B], its estimates before the update"""
 
 
 @dataclass(frozen=True)
@@ -146,13 +132,30 @@ class InnerTargets(Targets):
         return self.latent, self.step
 
 
-Record = TypeVar("Record", Pairs, JointPairs, Targets, InnerTargets, tuple[Tensor, ...])
+Record = TypeVar("Record", Pairs, Targets, InnerTargets, tuple[Tensor, ...])
 """Tensors that have their B rows in common."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a record is beside its `columns`."""
+
+    kind: type[Any]
+    extra: tuple[str, ...] = ()
+    """Names of what is in `Pairs.extra`."""
+
+
+def form_of(record: Any) -> Form:
+    """Its form."""
+    return Form(type(record), tuple(record.extra) if isinstance(record, Pairs) else ())
 
 
 def columns(record: Pairs | Targets | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors, [B, ...] each."""
-    return record if isinstance(record, tuple) else tuple(vars(record).values())
+    if isinstance(record, tuple):
+        return record
+    own = (value for name, value in vars(record).items() if name != "extra")
+    return (*own, *record.extra.values()) if isinstance(record, Pairs) else tuple(own)
 
 
 def num_rows(record: Pairs | Targets | tuple[Tensor, ...]) -> int:
@@ -160,15 +163,21 @@ def num_rows(record: Pairs | Targets | tuple[Tensor, ...]) -> int:
     return len(columns(record)[0])
 
 
-def of_columns(kind: type[Record], tensors: Iterable[Tensor]) -> Record:
-    """The record of a kind that has these `columns`."""
-    return kind(tensors) if issubclass(kind, tuple) else kind(*tensors)
+def of_columns(form: Form, tensors: Sequence[Tensor]) -> Any:
+    """The record of a form that has these `columns`."""
+    if issubclass(form.kind, tuple):
+        return tuple(tensors)
+    if not form.extra:
+        return form.kind(*tensors)
+    own = len(tensors) - len(form.extra)
+    return form.kind(*tensors[:own], extra=dict(zip(form.extra, tensors[own:], strict=True)))
 
 
 def split(record: Record, sizes: int | list[int]) -> Iterator[Record]:
     """Consecutive parts of these lengths, or of this length but for the last, without copying."""
     parts = zip(*(column.split(sizes) for column in columns(record)), strict=True)
-    return (of_columns(type(record), part) for part in parts)
+    form = form_of(record)
+    return (of_columns(form, part) for part in parts)
 
 
 def partition(size: int, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:

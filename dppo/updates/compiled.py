@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from dppo.threads import single_thread
-from dppo.updates.batch import Record, columns, of_columns
+from dppo.updates.batch import Form, Record, columns, form_of, of_columns
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import BETAS, EPSILON, FlatAdamW
 from policies import UserError
@@ -53,7 +53,7 @@ class CompiledStep(Generic[Record]):
         self._learning_rate.fill_(optimizer.learning_rate)
         with single_thread():
             rows, allowed, loss, norm = self._compiled(
-                optimizer.parameters.values, *optimizer.moments, self._learning_rate, type(minibatch), *tensors
+                optimizer.parameters.values, *optimizer.moments, self._learning_rate, form_of(minibatch), *tensors
             )
         if not allowed:
             return rows, False
@@ -71,9 +71,9 @@ def _compiled(objective: Objective[Any], optimizer: FlatAdamW) -> Any:
         return rows[0].mean(), rows
 
     def step(
-        flat: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, rate: Tensor, kind: type, *tensors: Tensor
+        flat: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, rate: Tensor, form: Form, *tensors: Tensor
     ) -> tuple[Rows, Tensor, Tensor, Tensor]:
-        record = objective.prepare(of_columns(kind, tensors))
+        record = objective.prepare(of_columns(form, tensors))
         gradient, (loss, rows) = grad_and_value(mean_loss, has_aux=True)(flat, record)
         norm = torch.linalg.vector_norm(gradient)
         allowed = torch.ones_like(loss, dtype=torch.bool) if objective.allow is None else objective.allow(rows)

@@ -5,20 +5,23 @@ Schulman et al. 2017; Ren et al. 2024, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from dppo.advantages import inner_discount
 from dppo.critic import AnyCritic, SharedCritic
 from dppo.precision import computing_in
-from dppo.surrogates import approximate_kl, divergence_terms, entropy_terms, log_ratio, value_losses
+from dppo.surrogates import approximate_kl, divergence_terms, entropy_terms, log_ratio
 from dppo.threads import single_thread
-from dppo.updates.batch import Batch, JointPairs, PairOrder, Pairs, minibatches
+from dppo.updates.batch import Batch, PairOrder, Pairs, minibatches
 from dppo.updates.critic_fit import CriticFit
+from dppo.updates.extra import ExtraLoss, Scored, SharedValueLoss
 from dppo.updates.first_order_config import FirstOrderConfig
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
@@ -32,9 +35,14 @@ class FirstOrder:
     """Minibatch epochs with Adam on a surrogate; the critic is fitted after it, or with it if it is shared."""
 
     def __init__(
-        self, config: FirstOrderConfig, policy: Policy, critic: AnyCritic | None, generator: torch.Generator
+        self,
+        config: FirstOrderConfig,
+        policy: Policy,
+        critic: AnyCritic | None,
+        generator: torch.Generator,
+        extras: Sequence[ExtraLoss] = (),
     ) -> None:
-        """``generator`` draws the minibatches.
+        """``generator`` draws the minibatches; ``extras`` are further losses of the policy.
 
         Raises:
             UserError: there are to be more inner steps than the policy has.
@@ -44,10 +52,10 @@ class FirstOrder:
         self.config = config
         self.policy = policy
         self.generator = generator
-        own = None if isinstance(critic, SharedCritic) else critic
-        self.critic_fit = None if own is None else CriticFit(config, policy, own, generator)
-        self.shared = critic if isinstance(critic, SharedCritic) else None
-        trained = policy if self.shared is None else nn.ModuleList([policy, self.shared])
+        shared = isinstance(critic, SharedCritic)
+        self.critic_fit = None if shared or critic is None else CriticFit(config, policy, critic, generator)
+        self.extras = [*extras, *([SharedValueLoss(critic, config.value_clip)] if shared else [])]
+        trained = nn.ModuleList([policy, critic]) if shared else policy
         self.optimizer = FlatAdamW(
             trained.parameters(),
             learning_rate=config.learning_rate,
@@ -71,9 +79,9 @@ class FirstOrder:
             allow=None if limit is None else lambda rows: ~(approximate_kl(rows[1]) > limit),  # NaN is found later
         )
         self._step = make_step(self.objective, self.optimizer, compile=config.compile)
-        names = (*self.surrogate.known, "policy_loss", "value_loss") if self.shared else self.surrogate.known
+        beside = ("policy_loss", *(extra.name for extra in self.extras)) if self.extras else ()
         # Of metrics that are means over pairs.
-        self._names = ("loss" if self.shared else "policy_loss", "approx_kl", *names)
+        self._names = ("loss" if self.extras else "policy_loss", "approx_kl", *self.surrogate.known, *beside)
 
     def weighted(self, pairs: Pairs) -> Pairs:
         """A minibatch with advantages as the surrogate takes them."""
@@ -99,13 +107,28 @@ class FirstOrder:
             losses = losses - self.config.entropy_coefficient * entropy_terms(
                 law, factors, log_ratios, self.policy.config.executed
             )
-        if self.shared is not None:
-            assert isinstance(pairs, JointPairs)
-            values = self.shared(self.policy.normalize_obs(pairs.obs))
-            value_terms = value_losses(values, pairs.returns, pairs.values, self.config.value_clip)
-            known += [losses, value_terms]
-            losses = losses + self.shared.coefficient * value_terms
+        if self.extras:
+            known.append(losses)
+            scored = Scored(pairs, law, log_ratios, self.log_likelihoods)
+            with computing_in(self.config.precision, pairs.obs.device):
+                terms = [extra.losses(self.policy, scored) for extra in self.extras]
+            known += terms
+            losses = sum((extra.coefficient * term for extra, term in zip(self.extras, terms, strict=True)), losses)
         return losses, log_ratios, *known
+
+    def log_likelihoods(self, law: Distribution, value: Tensor) -> Tensor:
+        """[B], of latents under a law, reduced as log-ratios are."""
+        factors, config = log_prob_factors(law, value), self.config
+        nothing = torch.zeros_like(factors)
+        return log_ratio(factors, nothing, config.log_ratio, config.log_prob_clamp, self.policy.config.executed)
+
+    def gather(self, batch: Batch, indices: Tensor) -> Pairs:
+        """Copies of the pairs at these indices [B], with what the extra losses have to know."""
+        pairs = batch.pairs(indices)
+        if not self.extras:
+            return pairs
+        gathered = (extra.gather(batch, indices, self.generator) for extra in self.extras)
+        return replace(pairs, extra={name: column for extra in gathered for name, column in extra.items()})
 
     @single_thread()
     def update(self, batch: Batch, *, progress: float, iteration: int) -> dict[str, float | None]:
@@ -148,11 +171,12 @@ class FirstOrder:
         steps, kl = 0, 0.0
         if self.old is not None:
             self.old.follow(self.policy)
+        for extra in self.extras:
+            extra.begin(batch, self.generator)
         for _ in range(config.epochs):
             seen: list[Rows] = []
             taken = True
-            gather = batch.pairs if self.shared is None else batch.joint_pairs
-            for pairs in minibatches(gather, self.order.parts(batch, count, self.generator)):
+            for pairs in minibatches(partial(self.gather, batch), self.order.parts(batch, count, self.generator)):
                 rows, taken = self._step(pairs)
                 seen.append(rows)
                 if not taken:

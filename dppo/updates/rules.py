@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from dppo.critic import AnyCritic, SharedCritic
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
+from dppo.updates.extra import ExtraLoss
 from dppo.updates.first_order import FirstOrder
 from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig, PPOMaskConfig
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
@@ -47,9 +48,20 @@ class UpdateRule(Protocol):
 
 
 def make_update_rule(
-    config: UpdateConfig, policy: Policy, critic: AnyCritic | None, generator: torch.Generator
+    config: UpdateConfig,
+    policy: Policy,
+    critic: AnyCritic | None,
+    generator: torch.Generator,
+    extras: Sequence[ExtraLoss] = (),
 ) -> UpdateRule:
-    """The rule of a configuration; ``generator`` draws its random numbers, on the policy's device.
+    """The rule of a configuration.
+
+    Args:
+        config: its settings.
+        policy: what it trains.
+        critic: what it trains beside it, if anything.
+        generator: draws its random numbers, on the policy's device.
+        extras: losses of the policy beside the rule's own.
 
     Raises:
         UserError: it is to be compiled and cannot be, or needs a critic of its own and has a shared one.
@@ -61,6 +73,8 @@ def make_update_rule(
     if isinstance(critic, SharedCritic) and config.critic_warmup_iterations:
         raise UserError("a critic that shares the policy's network cannot learn alone: set critic_warmup_iterations=0")
     if isinstance(config, FirstOrderConfig):
-        return FirstOrder(config, policy, critic, generator)
+        return FirstOrder(config, policy, critic, generator, extras)
+    if extras:
+        raise UserError("only rules that take steps of Adam on a surrogate have room for this anchor: choose kl_reward")
     assert isinstance(config, NaturalConfig) and not isinstance(critic, SharedCritic)
     return NaturalGradient(config, policy, critic, generator)

@@ -132,6 +132,27 @@ def test_the_checkpoints_own_task_is_used_and_written_down_where_none_is_named(c
     assert metadata["task"] == dataclasses.asdict(task)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "there"),
+    [
+        (("anchor=kl",), {"anchor_kl", "value_loss"}),
+        (("anchor=kl_reward",), {"anchor_kl", "value_loss"}),
+        (("anchor=imitation",), {"imitation_loss", "value_loss"}),
+        (("advantage=group", "advantage.group_size=3"), set()),
+        (("critic=latent", "advantage.discount_per=step"), {"value_loss"}),
+    ],
+)
+def test_anchors_critics_and_advantages_are_chosen_by_their_groups(tune, overrides, there):
+    run, _ = tune("run", *DIFFUSION, *overrides)
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert {"anchor_kl", "imitation_loss", "value_loss"} & row.keys() == there
+
+
+def test_demonstrations_to_replay_that_are_not_there_are_one_line(refused, point, tiny, tmp_path):
+    arguments = (*point, *tiny["finetune"], *SCRATCH, f"run={tmp_path / 'run'}", "anchor=replay", "task.dataset=''")
+    assert "names no dataset of demonstrations; set anchor.dataset=" in refused("finetune", *arguments)
+
+
 def test_max_minutes_ends_the_training_after_its_first_iteration(tune):
     run, summary = tune("run", *SCRATCH, "env_steps=1_000_000", "max_minutes=1e-6")
     assert summary["env_steps"] == 60

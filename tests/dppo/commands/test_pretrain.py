@@ -65,6 +65,15 @@ def test_a_diffusion_policy_is_cloned_over_its_whole_chain_and_scaled_by_the_dem
     assert json.loads((run / "summary.json").read_text()) == summary
 
 
+def test_what_was_cloned_can_be_replayed_while_it_is_finetuned(clone, command, point, tmp_path):
+    store()
+    run, _ = clone("run", *SMALL)
+    settings = (f"checkpoint={run}", "policy.finetuned_steps=2", f"run={tmp_path / 'tuned'}")
+    command("finetune", *point, *settings, "anchor=replay")
+    rows = read_metrics(tmp_path / "tuned" / "metrics.jsonl")
+    assert all(0 < row["replay_loss"] < 10 for row in rows)
+
+
 def test_two_clonings_with_one_seed_are_the_same_bit_for_bit(clone):
     store()
     weights, rows = [], []
@@ -132,7 +141,7 @@ def test_a_dataset_that_is_not_there_is_told_how_to_be_made(refusal, datasets_fo
 
 
 def test_a_task_without_a_dataset_says_so(refusal):
-    assert "task point names no dataset to clone; set dataset=..." in refusal("task.dataset=''")
+    assert "task point names no dataset of demonstrations; set dataset=..." in refusal("task.dataset=''")
 
 
 def test_nan_in_demonstrations_is_refused_with_its_place(refusal):

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -156,11 +156,11 @@ def test_inner_steps_are_drawn_anew_and_each_is_as_likely_as_the_others():
 
 @pytest.mark.parametrize(("sizes", "lengths"), [(8, [8, 8, 5]), ([1, 20], [1, 20]), (21, [21]), (50, [21])])
 def test_parts_of_a_record_are_consecutive_and_views(sizes, lengths):
-    pairs = numbered_batch(rows=7, steps=3).pairs(torch.arange(21))
+    pairs = replace(numbered_batch(rows=7, steps=3).pairs(torch.arange(21)), extra={"more": torch.arange(21)})
     parts = list(split(pairs, sizes))
     assert [len(part) for part in parts] == lengths
-    for field in fields(pairs):
-        columns = [getattr(part, field.name) for part in parts]
-        whole = getattr(pairs, field.name)
-        assert torch.equal(torch.cat(columns), whole), field.name
-        assert {column.untyped_storage().data_ptr() for column in columns} == {whole.untyped_storage().data_ptr()}
+    for name in (*(field.name for field in fields(pairs) if field.name != "extra"), "more"):
+        pieces = [(vars(part) | dict(part.extra))[name] for part in parts]
+        whole = (vars(pairs) | dict(pairs.extra))[name]
+        assert torch.equal(torch.cat(pieces), whole), name
+        assert {piece.untyped_storage().data_ptr() for piece in pieces} == {whole.untyped_storage().data_ptr()}

@@ -696,7 +696,7 @@ def test_the_loss_of_a_shared_critic_is_that_of_its_values(small_policy, task_of
     trainer = shared_trainer("gaussian", small_policy, task_of)
     batch = rollout_batch(trainer)
     everything = torch.arange(len(batch))
-    losses, _, _, policy_losses, value_terms = trainer.update_rule.rows(batch.joint_pairs(everything))
+    losses, _, _, policy_losses, value_terms = trainer.update_rule.rows(trainer.update_rule.gather(batch, everything))
     values = trainer.critic(trainer.policy.normalize_obs(batch.obs))
     torch.testing.assert_close(values, batch.values)
     torch.testing.assert_close(value_terms, 0.5 * (values - batch.returns).square())
