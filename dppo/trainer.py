@@ -86,7 +86,7 @@ class Trainer:
             self.critic = self.critic.to(device)
         if config.anneal.finetuned_steps is not None and (isinstance(self.critic, LatentCritic) or anchor is not None):
             raise UserError(
-                "anneal.finetuned_steps goes with neither critic=latent nor an anchor, which count inner steps"
+                "anneal.finetuned_steps goes with neither critic=latent nor anchor=..., which count inner steps"
             )
         self.anchor = anchor
         extras = [anchor] if isinstance(anchor, ExtraLoss) else []

@@ -186,6 +186,10 @@ class Policy(nn.Module):
         """What `exercise_losses` takes, all randomness done: tensors of B rows, so parts of them are exercises, too."""
         return obs, action
 
+    def chunk_of(self, latent: Tensor) -> Tensor:
+        """The whole chunk [B, Tp, Da] (discrete: [B]) that a last latent z_K [B, *latent] stands for, to imitate it."""
+        return latent if self.action_scaler is None else self.action_scaler.denormalize(latent)
+
     def exercise_losses(self, *exercise: Tensor) -> Tensor:
         """The imitation loss of each row [B]."""
         raise NotImplementedError

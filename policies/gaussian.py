@@ -101,6 +101,9 @@ class GaussianPolicy(Policy, type="gaussian"):
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
         return Independent(self._law(obs), 2, validate_args=False)
 
+    def chunk_of(self, latent: Tensor) -> Tensor:
+        return super().chunk_of(latent.tanh() if self.config.squash else latent)
+
     def exercise_losses(self, obs: Tensor, action: Tensor) -> Tensor:
         """Negative log-likelihood per action dimension, in normalised units, [B]."""
         latent = self.action_scaler.normalize(action)

@@ -207,7 +207,7 @@ def test_every_command_composes_without_any_choice():
 def keys(*parts: str) -> set[str]:
     content = OmegaConf.to_container(OmegaConf.load(config_directory().joinpath(*parts)))
     assert isinstance(content, dict)
-    return {str(key) for key in content} - {"defaults", "type"}
+    return {str(key) for key in content.get(parts[0], content)} - {"defaults", "type"}
 
 
 def fields(record: type) -> set[str]:
@@ -226,6 +226,8 @@ def test_the_defaults_of_an_update_rule_are_those_of_its_record(name):
     own = {key: value for key, value in vars(rule).items() if value != vars(CONFIGS[name]())[key]}
     shared = {
         "a2c": {"gae_lambda", "learning_rate", "normalize_advantages"},
+        "awr": {"normalize_advantages"},
+        "rwr": {"gae_lambda"},
         "vpg": {"gae_lambda", "learning_rate", "critic_epochs", "critic_batch_size"},
     }
     assert own.keys() == shared.get(name, set())

@@ -61,11 +61,11 @@ class UpdateConfig:
         self.check_not_negative("critic_learning_rate", "weight_decay", "critic_warmup_iterations")
         self.check_positive("max_grad_norm", "value_clip")
 
-    def weights(self, advantages: Tensor, discount: Tensor) -> Tensor:
-        """What a surrogate weights pairs with: their advantages over one another, worth less far from the action.
+    def weights(self, advantages: Tensor, discount: Tensor | float = 1.0) -> Tensor:
+        """What pairs are weighted with: their advantages over one another, worth less far from the action.
 
         Args:
-            advantages: of all pairs that are looked at together.
+            advantages: of all that are looked at together.
             discount: broadcasts to them, `inner_discount` of their inner steps.
         """
         if self.normalize_advantages:

@@ -14,14 +14,17 @@ from dppo.updates.extra import ExtraLoss
 from dppo.updates.first_order import FirstOrder
 from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig, PPOMaskConfig
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
+from dppo.updates.weighted_imitation import WeightedImitation, WeightedImitationConfig
 from policies import Policy, UserError
 
 CONFIGS: dict[str, type[UpdateConfig]] = {
     "a2c": FirstOrderConfig,
+    "awr": WeightedImitationConfig,
     "npg": NaturalConfig,
     "ppo": PPOConfig,
     "ppo_kl": PPOKLConfig,
     "ppo_mask": PPOMaskConfig,
+    "rwr": WeightedImitationConfig,
     "trpo": TRPOConfig,
     "vpg": FirstOrderConfig,
 }
@@ -67,7 +70,7 @@ def make_update_rule(
         UserError: it is to be compiled and cannot be, or needs a critic of its own and has a shared one.
     """
     if isinstance(critic, SharedCritic) and not isinstance(config, FirstOrderConfig):
-        raise UserError("a natural gradient is of the policy alone: choose critic=mlp in place of critic=shared")
+        raise UserError("this rule's steps are of the policy alone: choose critic=mlp in place of critic=shared")
     if critic is None and config.critic_warmup_iterations:
         raise UserError("there is no critic to warm up: set algo.critic_warmup_iterations=0")
     if isinstance(critic, SharedCritic) and config.critic_warmup_iterations:
@@ -76,5 +79,8 @@ def make_update_rule(
         return FirstOrder(config, policy, critic, generator, extras)
     if extras:
         raise UserError("only rules that take steps of Adam on a surrogate have room for this anchor: choose kl_reward")
-    assert isinstance(config, NaturalConfig) and not isinstance(critic, SharedCritic)
+    assert not isinstance(critic, SharedCritic)
+    if isinstance(config, WeightedImitationConfig):
+        return WeightedImitation(config, policy, critic, generator)
+    assert isinstance(config, NaturalConfig)
     return NaturalGradient(config, policy, critic, generator)

@@ -15,6 +15,7 @@ from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.config import UpdateConfig
 from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig, PPOMaskConfig
 from dppo.updates.natural import NaturalConfig, TRPOConfig
+from dppo.updates.weighted_imitation import WeightedImitationConfig
 from policies import Policy
 
 
@@ -58,6 +59,7 @@ RULES: dict[str, UpdateConfig] = {
     "ppo with a dual clip": PPOConfig(**MYOPIC, epochs=5, batch_size=600, learning_rate=1e-3, dual_clip=3.0),
     "ppo_kl": PPOKLConfig(**MYOPIC, epochs=5, batch_size=600, learning_rate=1e-3),
     "ppo_mask": PPOMaskConfig(**MYOPIC, epochs=5, batch_size=600, learning_rate=1e-3),
+    "awr": WeightedImitationConfig(**MYOPIC, batch_size=100, learning_rate=1e-3, temperature=0.3),
     "npg": NaturalConfig(**MYOPIC, max_kl=0.05, damping=0.01),
     "trpo": TRPOConfig(**MYOPIC, max_kl=0.1, damping=0.01),
 }

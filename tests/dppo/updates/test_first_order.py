@@ -717,7 +717,7 @@ def test_a_shared_critic_learns_the_returns(small_policy, task_of):
     ("kind", "config", "message"),
     [
         ("diffusion", PPOConfig(), "a diffusion policy has no trunk"),
-        ("gaussian", TRPOConfig(), "a natural gradient is of the policy alone"),
+        ("gaussian", TRPOConfig(), "steps are of the policy alone"),
         ("gaussian", PPOConfig(critic_warmup_iterations=2), "cannot learn alone"),
     ],
 )
