@@ -90,7 +90,7 @@ def test_an_unknown_setting_is_named_with_its_near_misses(overrides, message):
     [
         ("task=hoper", "unknown task 'hoper' (did you mean hopper?); there are: acrobot, cartpole, halfcheetah"),
         ("policy=gausian", "unknown policy 'gausian' (did you mean gaussian"),
-        ("algo=xyzzy", "unknown algo 'xyzzy'; there are: a2c, npg, ppo, ppo_kl, trpo, vpg"),
+        ("algo=xyzzy", "unknown algo 'xyzzy'; there are: a2c, awr, npg, ppo, ppo_kl, ppo_mask, rwr, trpo, vpg"),
         ("experiment=demmo", "unknown experiment 'demmo' (did you mean demo?)"),
         ("task=null", "unknown task 'None'"),
         ("task=", "unknown task ''"),
