@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dppo.comparison.plan import ComparisonConfig, PlannedRun, plan
+from dppo.comparison.recorded import read_recorded
 from dppo.comparison.report import write_report
 from dppo.comparison.results import Result, Table, finished
 from dppo.comparison.running import only_one, run_all
@@ -44,6 +45,7 @@ def run(
     if not isinstance(processes, int) or processes < 1:
         raise UserError(f"processes must be a positive number, or null for one per processor, not {processes!r}")
     runs = plan(comparison, output, overrides, extra)
+    recorded = read_recorded(comparison.recorded)
     with only_one(output):
         failed = _run_missing(comparison, runs, processes, max(processors // min(processes, len(runs)), 1), extra)
         results = finished(runs)
@@ -51,7 +53,8 @@ def run(
             tasks = [task for task in comparison.tasks if any(one.run.task == task for one in results)]
             table = Table(results, tasks, comparison.methods)
             missing = [run for run in runs if run.summary is None]
-            report = write_report(table, missing, name=comparison.name, command=command_line(), output=output)
+            about = {"name": comparison.name, "command": command_line(), "output": output, "recorded": recorded}
+            report = write_report(table, missing, **about)
             print(f"report  {report}\ncurves  {output / 'learning_curves.png'}", flush=True)
     if failed:
         raise UserError(

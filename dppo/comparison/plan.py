@@ -31,6 +31,8 @@ class ComparisonConfig:
     """Overrides for all runs."""
     task_settings: dict[str, list[str]] = field(default_factory=dict)
     """Overrides by task; those of a method win over them."""
+    recorded: dict[str, str] = field(default_factory=dict)
+    """CSV files of learning curves from elsewhere by their names, to be drawn beside the methods'."""
 
     def __post_init__(self) -> None:
         for what, names in (("tasks", self.tasks), ("seeds", self.seeds), ("methods", list(self.methods))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from itertools import permutations, product
 from pathlib import Path
@@ -24,7 +24,15 @@ IQM: the mean of the middle half of the scores. Intervals: 95 %, percentiles of 
 task (Agarwal et al. 2021). Learning curves: returns while training, with exploration noise."""
 
 
-def write_report(table: Table, missing: Sequence[PlannedRun] = (), *, name: str, command: str, output: Path) -> Path:
+def write_report(
+    table: Table,
+    missing: Sequence[PlannedRun] = (),
+    *,
+    name: str,
+    command: str,
+    output: Path,
+    recorded: Mapping[str, Sequence[Curve]] | None = None,
+) -> Path:
     """Write report.md, learning_curves.png, scores.csv and curves.csv; the path of the first.
 
     Args:
@@ -33,8 +41,11 @@ def write_report(table: Table, missing: Sequence[PlannedRun] = (), *, name: str,
         name: of the comparison.
         command: that makes this report again.
         output: the directory.
+        recorded: more curves by task, see `read_recorded`.
     """
     curves = _curves(table)
+    for task in curves:
+        curves[task] += (recorded or {}).get(task, [])
     comparison_curves(curves, output / "learning_curves.png", title=name)
     _write_csv(output / "scores.csv", _score_rows(table))
     _write_csv(output / "curves.csv", _curve_rows(curves))

@@ -12,6 +12,7 @@ import pytest
 from dppo.cli import main
 from dppo.comparison import running
 from dppo.comparison.plan import ComparisonConfig, PlannedRun, plan
+from dppo.comparison.recorded import read_recorded
 from dppo.comparison.report import write_report
 from dppo.comparison.results import POINTS, Result, Table, finished
 from dppo.comparison.running import run_all
@@ -182,6 +183,19 @@ def test_the_report_has_the_scores_the_probabilities_and_the_picture(tmp_path):
     assert "| bad | `algo=trpo algo.max_kl=1e-9` |" in text
     assert "8 runs, seeds 0, 1, 2030-01-01 to 2030-01-02, on a processor, 4 cores; revision abcdef0; torch 1.0" in text
     assert (tmp_path / "learning_curves.png").stat().st_size > 10_000
+
+
+def test_recorded_curves_are_drawn_beside_the_methods(tmp_path):
+    runs = plan(config(), tmp_path)
+    for run in runs:
+        finish(run, 100.0)
+    table = Table(finished(runs), ["cartpole", "hopper"], METHODS)
+    (tmp_path / "theirs.csv").write_text("task,env_steps,return\nhopper,10,1\nhopper,20,2\n")
+    recorded = read_recorded({"theirs": str(tmp_path / "theirs.csv")})
+    write_report(table, name="trial", command="x", output=tmp_path, recorded=recorded)
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert lines[-2:] == ["hopper,theirs,10.0,1.0,1.0,1.0", "hopper,theirs,20.0,2.0,2.0,2.0"]
+    assert not any("cartpole,theirs" in line for line in lines)
 
 
 def test_normalised_scores_are_zero_before_training_and_one_for_the_best_run(tmp_path):
