@@ -66,8 +66,9 @@ def moved(policy: Policy, by: float = 0.1) -> Policy:
     """The policy itself, its weights shifted at random."""
     torch.manual_seed(5)
     with torch.no_grad():
-        for parameter in policy.network.parameters():
-            parameter.add_(by * torch.randn_like(parameter))
+        for parameter in policy.parameters():  # also the std: with equal ones, a KL would be symmetric
+            if parameter.requires_grad:
+                parameter.add_(by * torch.randn_like(parameter))
     return policy
 
 
