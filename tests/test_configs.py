@@ -53,6 +53,7 @@ def build_everything(command: str, config: dict[str, Any]) -> None:
             build_everything("finetune", compose_config("finetune", run.overrides))
         return
     spaces = spaces_of(build_task(config).name)
+    policy = None
     if config["policy"]["type"] != "diffusion" and config["network"]["type"] != "mlp":
         with pytest.raises(UserError, match=f"cannot use the network type '{config['network']['type']}'"):
             build_policy(config, spaces)
@@ -65,8 +66,8 @@ def build_everything(command: str, config: dict[str, Any]) -> None:
     if command in ("finetune", "collect"):
         assert type(build_update_rule(config)) is CONFIGS[config["algo"]["type"]]
         assert type(build_advantage(config)) is estimators.CONFIGS[config["advantage"]["type"]]
-        if config["critic"]["type"] != "shared" and fits(config, spaces):  # not every policy can share
-            critic = make_critic(config["critic"], build_policy(config, spaces))
+        if config["critic"]["type"] != "shared" and policy is not None:  # not every policy can share
+            critic = make_critic(config["critic"], policy)
             assert (critic is None) == (config["critic"]["type"] == "none")
     if command in ("finetune", "pretrain"):
         evaluation = {key: value for key, value in config["evaluation"].items() if key != "interval"}
@@ -178,6 +179,17 @@ def test_every_policy_can_be_trained_by_every_update_rule(policy, algo):
     config = compose_config("finetune", [f"task={task}", f"policy={policy}", f"algo={algo}"])
     assert config["algo"]["type"] == algo
     build_everything("finetune", config)
+
+
+@pytest.mark.parametrize("kind", ["paper_{}", "paper_{}_gaussian"])
+def test_the_papers_rows_differ_in_task_and_length_only(kind):
+    tasks = ["hopper", "walker2d", "halfcheetah"]
+    rows = [compose_config("finetune", [f"experiment={kind.format(task)}"]) for task in tasks]
+    assert [row.pop("task")["name"] for row in rows] == tasks
+    lengths = [row.pop("env_steps") for row in rows]
+    assert rows[0] == rows[1] == rows[2]
+    per_iteration = rows[0]["num_envs"] * rows[0]["rollout_steps"] * rows[0]["policy"]["chunk"]
+    assert all(length % per_iteration == 0 for length in lengths)
 
 
 def test_a_tuning_takes_effect_for_its_own_task_and_policy_only():
@@ -312,10 +324,13 @@ def test_every_logger_can_be_made_or_says_what_is_missing(name, tmp_path):
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_no_file_is_left_out_of_these_tests(path: Path):
-    """A new folder of configurations must be a group of some command."""
+    """A new folder of configurations must be a group of some command, or hold what choices of a group share."""
     groups = {group for command in COMMANDS for group in groups_of(command)}
     commands = "".join((config_directory() / f"{command}.yaml").read_text() for command in COMMANDS)
     if len(path.parts) == 1:
         assert path.stem in COMMANDS
+    elif len(path.parts) == 3 and path.parts[0] in groups:
+        choices = "".join(one.read_text() for one in (config_directory() / path.parts[0]).glob("*.yaml"))
+        assert f"  - {path.parts[1]}/{path.stem}\n" in choices
     else:
         assert path.parent.name in groups or f"  - optional {path.parent}: " in commands
