@@ -52,6 +52,13 @@ COMMANDS = {
         dppo compare comparison=gaussian output=comparisons/short -- env_steps=200_000 algo.gamma=0.98
         """,
     ),
+    "import": (
+        "make a policy of one that another project saved: the original DPPO",
+        """
+        dppo import state_3000.pt output=policies/hopper policy.denoising_steps=20 network.activation=relu
+        dppo import state_3000.pt output=hopper for_task=hopper normalization=normalization.npz settings=ft_ppo.yaml
+        """,
+    ),
     "evaluate": (
         "evaluate a checkpoint; it knows its task, normalisation and denoising steps itself",
         """
@@ -60,6 +67,9 @@ COMMANDS = {
         """,
     ),
 }
+
+MODULES = {"import": "importing"}
+"""In ``dppo.commands``, of those commands whose name can name no module."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,6 +109,8 @@ def _run(command: str, overrides: list[str]) -> int:
     from dppo.configuration import compose_config, overridden_keys
 
     overrides, for_runs = _at_dashes(command, overrides)
+    if command == "import":
+        overrides = with_named_source(overrides)
     options, overrides = _options(command, overrides)
     config = compose_config(command, overrides, options.config_dir)
     if implied := implied_choices(config, overridden_keys(overrides), options.config_dir):
@@ -111,8 +123,10 @@ def _run(command: str, overrides: list[str]) -> int:
     from dppo.output.video import choose_gl_backend
 
     choose_gl_backend()
-    more = {"overrides": for_runs, "extra": options.config_dir} if command == "compare" else {}
-    import_module(f"dppo.commands.{command}").run(config, overridden_keys(overrides), **more)
+    more = {"compare": {"overrides": for_runs, "extra": options.config_dir}, "import": {"extra": options.config_dir}}
+    import_module(f"dppo.commands.{MODULES.get(command, command)}").run(
+        config, overridden_keys(overrides), **more.get(command, {})
+    )
     return 0
 
 
@@ -124,6 +138,14 @@ def _at_dashes(command: str, arguments: list[str]) -> tuple[list[str], list[str]
         raise UserError(f"`--` means nothing to dppo {command}; settings are given as key=value")
     middle = arguments.index("--")
     return arguments[:middle], arguments[middle + 1 :]
+
+
+def with_named_source(arguments: list[str]) -> list[str]:
+    """A source may stand first without its name, with any character in it."""
+    if not arguments or arguments[0].startswith("--") or arguments[0].split("=")[0].isidentifier():
+        return arguments
+    quoted = arguments[0].replace("'", "\\'")
+    return [f"source='{quoted}'", *arguments[1:]]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -63,6 +63,8 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
             unknown = re.match(r"Could not override '([^']*)'", str(error))
             if unknown is None:
                 raise UserError(_one_line(error)) from error
+            if isinstance(own.get(unknown[1]), Mapping):
+                raise UserError(f"{command} has settings {unknown[1]}.<name>=..., no choice of {unknown[1]}") from error
             raise _no_setting(command, unknown[1], _keys(compose(command, [*search, *choices]))) from error
     assert isinstance(content, dict)
     everywhere = {path.name for path in config_directory().iterdir() if path.is_dir()}

@@ -23,6 +23,17 @@ class Affine(nn.Module):
         self.shift.copy_(centre)
         self.scale.copy_(torch.where(half > 1e-4 * centre.abs().clamp(min=1), half, torch.ones_like(half)))
 
+    def place(self, low: Tensor, width: Tensor) -> None:
+        """Map ``low`` to -1 and ``low + width`` to 1, each [dim] in float64, however small the width.
+
+        Where float32 can hardly tell the middle from ``low``, at least that goes to -1, as a constant should.
+        """
+        lowest, width = low.float(), width.clamp(min=0)
+        shift = torch.maximum((low + width / 2).float(), torch.nextafter(lowest, torch.tensor(torch.inf)))
+        narrow = width < 1e-4 * low.abs().clamp(min=1)
+        self.shift.copy_(shift)
+        self.scale.copy_(torch.where(narrow, shift - lowest, (width / 2).float()))
+
     def normalize(self, x: Tensor) -> Tensor:
         return (x - self.shift) / self.scale
 

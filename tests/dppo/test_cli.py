@@ -53,7 +53,18 @@ def test_the_examples_in_the_help_can_be_composed(command):
     for example in cli._examples(command):
         program, name, *overrides = example.split("#")[0].split(" -- ")[0].split()
         assert (program, name) == ("dppo", command)
+        overrides = cli.with_named_source(overrides) if command == "import" else overrides
         compose_config(command, overrides)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "dir/it's a=b, {c} [d].pt", "back\\slash", "hub/name"])
+def test_a_source_may_stand_first_without_its_name_whatever_it_is_called(name):
+    from dppo.configuration import compose_config
+
+    config = compose_config("import", cli.with_named_source([name, "output=here"]))
+    assert (config["source"], config["output"]) == (name, "here")
+    assert cli.with_named_source(["output=here", "source=a"]) == ["output=here", "source=a"]
+    assert cli.with_named_source(["--show"]) == ["--show"]
 
 
 def test_the_version_is_the_packages(capsys):
@@ -90,6 +101,12 @@ def test_show_prints_the_whole_configuration_and_runs_nothing(capsys, monkeypatc
         (["finetune", "task=cartpole", "task.env_id=CartPol-v1"], "did you mean CartPole-v1"),
         (["finetune", "task=cartpole", "policy=gaussian", "checkpoint=scratch"], "use policy=categorical"),
         (["evaluate"], "evaluate needs checkpoint=..."),
+        (["import", "nowhere.pt", "output=x"], "nowhere.pt does not exist"),
+        (["import", "a.pt", "output=x", "task=hopper"], "import has no setting 'task' (did you mean for_task?)"),
+        (
+            ["import", "a.pt", "output=x", "network=unet"],
+            "import has settings network.<name>=..., no choice of network",
+        ),
         (["evaluate", "checkpoint=runs/nowhere"], "checkpoint runs/nowhere does not exist"),
         (["pretrain", "task=cartpole"], "build it with `dppo collect task=cartpole`"),
         (["collect", "task=cartpole", "dataset=weak"], "is not of the form namespace/name-v0"),

@@ -1,0 +1,101 @@
+"""Reading what others saved, without running any of it."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies.errors import UserError
+
+Rules = Iterable[tuple[str, str]]
+
+
+def load_plain_pickle(path: Path) -> Any:
+    """What torch saved, if that is nothing but tensors and plain containers; any other global is refused by its name.
+
+    Raises:
+        UserError: a file that is no such thing.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of other protocols than torch's own
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: {_asked_for(error)}") from error
+    except Exception as error:  # what a damaged file raises is anything from IndexError to RuntimeError
+        raise UserError(f"{path} cannot be read as weights: {one_line(error)}") from error
+
+
+def _asked_for(error: Exception) -> str:
+    """What a pickle wanted besides weights."""
+    found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) '?([\w.]+)", str(error))
+    what = f"its pickle asks for {found[1]}, which" if found else f"its pickle ({one_line(error)})"
+    return f"{what} is more than tensors and plain data, and nothing of a file is executed"
+
+
+def load_arrays(path: Path) -> dict[str, Tensor]:
+    """The arrays of an ``.npz`` in float64; objects in it are refused.
+
+    Raises:
+        UserError: a file that is no such thing.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(np.asarray(file[name], np.float64)) for name in file.files}
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as arrays (.npz): {one_line(error)}") from error
+
+
+def tensors_under(content: Any, where: str) -> dict[str, Tensor]:
+    """The tensors of a flat mapping.
+
+    Raises:
+        UserError: it is none, or holds something else.
+    """
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{where} is no mapping of names to weights")
+    return {str(name): value.detach() for name, value in content.items()}
+
+
+def renamed(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """Weights under the names that ``rules``, pairs of a pattern and its replacement, make of theirs, in order."""
+    result = {}
+    for name, value in weights.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        result[name] = value
+    return result
+
+
+def without_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def load_into(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Fill a module, all of it.
+
+    Raises:
+        UserError: weights that are missing, superfluous or of another shape.
+    """
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            found = f"has {given[name]}" if name in given else "has none"
+            needs = f"needs {wanted[name]}" if name in wanted else "has no place for it"
+            raise UserError(f"{where} does not fit: for {name} the file {found}, the network {needs}")
+    module.load_state_dict(dict(weights))
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, shortened."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
