@@ -35,7 +35,7 @@ def make_trainer(small_policy, task_of) -> Callable[..., Trainer]:
 
 def batch_of(trainer: Trainer) -> Batch:
     rollout = collect_rollout(trainer.actor, trainer.policy, 8)
-    return trainer._batch(rollout, trainer.estimator.score(rollout))
+    return trainer._batch(rollout, trainer.estimator.score(trainer.policy, rollout))
 
 
 def rule_of(trainer: Trainer) -> WeightedImitation:
