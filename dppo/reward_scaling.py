@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +27,13 @@ class RewardScaler(nn.Module):
     @torch.no_grad()
     def forward(self, rewards: Tensor, ended: Tensor, valid: Tensor) -> Tensor:
         """Scale rewards [T, N]; ``ended`` and ``valid`` [T, N] bool mark episode ends and rows that count."""
-        sums = []
-        for reward, end in zip(rewards.double(), ended, strict=True):
-            self.discounted.mul_(self.gamma).add_(reward)
-            sums.append(self.discounted.clone())
-            self.discounted[end] = 0.0
-        self.statistics.update(torch.stack(sums)[valid][:, None])
+        discounted = self.discounted.cpu().numpy().copy()  # [N]; NumPy's calls on single rows cost least
+        sums = rewards.cpu().numpy().astype(np.float64)  # [T, N]
+        ends, some = ended.cpu().numpy(), ended.any(1).tolist()
+        for total, end, ends_somewhere in zip(sums, ends, some, strict=True):
+            total += discounted * self.gamma
+            discounted = np.where(end, 0.0, total) if ends_somewhere else total
+        self.discounted.copy_(torch.from_numpy(discounted))
+        self.statistics.update(torch.from_numpy(sums).to(rewards.device)[valid][:, None])
         scale = (self.statistics.variance + 1e-8).rsqrt().to(rewards.dtype)
         return (rewards * scale).clamp(-self.clip, self.clip)

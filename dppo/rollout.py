@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dppo.envs.stepper import Step, Stepper
-from dppo.threads import sample_in_parts, single_thread
-from policies import Policy, Sample
+from dppo.threads import explorer_in_parts, sample_in_parts, single_thread
+from policies import Policy
+from policies.base import Explorer
+
+KEPT_STEPS = 32
+"""Chunk steps that are written into the storage together."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,14 @@ class EpisodeTracker:
 
     def update(self, step: Step) -> list[EpisodeResult]:
         """Take in one chunk step; the episodes that it ended."""
-        self.returns += step.step_rewards.sum(1)
+        self.returns += np.add.reduce(step.step_rewards, axis=1)
         self.lengths += step.steps
         if self.success_reward is not None:
             executed = np.arange(step.step_rewards.shape[1]) < step.steps[:, None]  # [N, Ta]
             self.successes |= (executed & (step.step_rewards >= self.success_reward)).any(1)
-        finished = []
-        for i in np.flatnonzero(step.terminated | step.truncated):
+        finished: list[EpisodeResult] = []
+        ended = step.terminated | step.truncated
+        for i in np.flatnonzero(ended) if ended.any() else ():
             success = None if self.success_reward is None else bool(self.successes[i])
             finished.append(EpisodeResult(int(i), float(self.returns[i]), int(self.lengths[i]), success))
             self.returns[i], self.lengths[i], self.successes[i] = 0.0, 0, False
@@ -75,11 +81,11 @@ class Storage:
 
         return Storage(rows(obs), rows(example.chain), rows(example.log_prob_factors))
 
-    def write(self, step: int, acted: Acted) -> None:
-        """Keep one chunk step."""
-        self.obs[step] = acted.obs
-        self.chain[step] = acted.sample.chain
-        self.log_prob_factors[step] = acted.sample.log_prob_factors
+    def write(self, first: int, explored: Sequence[Explored], explorer: Explorer) -> None:
+        """Keep chunk steps, the first of them in this place."""
+        place = slice(first, first + len(explored))
+        self.obs[place] = torch.stack([one.obs for one in explored])
+        self.chain[place], self.log_prob_factors[place] = explorer.record([one.drawn for one in explored])
 
     @property
     def nbytes(self) -> int:
@@ -130,12 +136,19 @@ class Acted:
 
     obs: Tensor
     """[N, To, Do], what the policy saw."""
-    sample: Sample
     step: Step
     episodes: list[EpisodeResult]
     """Those that it ended."""
     environment_s: float
     """Wall-clock that the environments took."""
+
+
+@dataclass(frozen=True)
+class Explored(Acted):
+    """One chunk step that something is to be learned from."""
+
+    drawn: Any
+    """What `Explorer.record` wants to know of it."""
 
 
 class Actor:
@@ -155,16 +168,30 @@ class Actor:
 
     def act(self, policy: Policy, *, deterministic: bool = False) -> Acted:
         """One chunk step in every environment."""
+        obs, noise = self._look(policy)
+        sample = sample_in_parts(policy, obs, noise, deterministic=deterministic, threads=self.threads)
+        return Acted(obs, *self._execute(sample.action))
+
+    def explore(self, policy: Policy, explorer: Explorer) -> Explored:
+        """As `act`, with the policy's explorer."""
+        obs, noise = self._look(policy)
+        action, drawn = explorer.draw(obs, noise)
+        return Explored(obs, *self._execute(action), drawn)
+
+    def _look(self, policy: Policy) -> tuple[Tensor, Tensor]:
+        """What there is to see, and the noise to act with."""
         if self.obs is None:
             raise RuntimeError("reset the environments before acting")
         obs = torch.from_numpy(self.obs).to(self.generator.device)
-        noise = policy.draw_noise(len(obs), self.generator)
-        sample = sample_in_parts(policy, obs, noise, deterministic=deterministic, threads=self.threads)
-        action = sample.action.cpu().numpy()
-        sampled = time.perf_counter()
-        step = self.env.step(action)
+        return obs, policy.draw_noise(len(self.obs), self.generator)
+
+    def _execute(self, action: Tensor) -> tuple[Step, list[EpisodeResult], float]:
+        """What came of it, as `Acted` holds it."""
+        array = action.cpu().numpy()
+        began = time.perf_counter()
+        step = self.env.step(array)
         self.obs = step.obs
-        return Acted(obs, sample, step, self.tracker.update(step), time.perf_counter() - sampled)
+        return step, self.tracker.update(step), time.perf_counter() - began
 
 
 def collect_rollout(
@@ -186,7 +213,8 @@ def collect_rollout(
     storage = Storage.of(policy, steps, actor.env.num_envs) if storage is None else storage
     if len(storage.obs) != steps:
         raise ValueError(f"a rollout of {steps} steps does not fit a storage of {len(storage.obs)}")
-    return _collect(actor, (actor.act(policy) for _ in range(steps)), on_step, storage)
+    explorer = explorer_in_parts(policy, actor.env.num_envs, actor.threads)
+    return _collect(actor, (actor.explore(policy, explorer) for _ in range(steps)), explorer, on_step, storage)
 
 
 def collect_episodes(
@@ -196,31 +224,41 @@ def collect_episodes(
 
     See `collect_rollout`; there are fewer steps where all of the episodes are shorter.
     """
+    explorer = explorer_in_parts(policy, actor.env.num_envs, actor.threads)
 
-    def acts() -> Iterator[Acted]:
+    def acts() -> Iterator[Explored]:
         running = np.ones(actor.env.num_envs, dtype=bool)
         for _ in range(steps):
-            acted = actor.act(policy)
+            acted = actor.explore(policy, explorer)
             step = replace(acted.step, valid=acted.step.valid & running)
             yield replace(acted, step=step, episodes=[each for each in acted.episodes if running[each.env]])
             running = running & ~(step.terminated | step.truncated)
             if not running.any():
                 return
 
-    return _collect(actor, acts(), on_step, storage)
+    return _collect(actor, acts(), explorer, on_step, storage)
 
 
 @single_thread()
-def _collect(actor: Actor, acts: Iterable[Acted], on_step: Callable[[int], None], storage: Storage) -> Rollout:
+def _collect(
+    actor: Actor, acts: Iterable[Explored], explorer: Explorer, on_step: Callable[[int], None], storage: Storage
+) -> Rollout:
     outcomes: list[Step] = []
     episodes: list[EpisodeResult] = []
     environment_s = 0.0
-    for t, acted in enumerate(acts):
-        storage.write(t, acted)
-        outcomes.append(acted.step)
-        episodes += acted.episodes
-        environment_s += acted.environment_s
-        on_step(int(acted.step.steps.sum()))
+    waiting: list[Explored] = []
+    with torch.inference_mode():
+        for acted in acts:
+            waiting.append(acted)
+            outcomes.append(acted.step)
+            episodes += acted.episodes
+            environment_s += acted.environment_s
+            on_step(int(np.add.reduce(acted.step.steps)))
+            if len(waiting) == KEPT_STEPS:
+                storage.write(len(outcomes) - len(waiting), waiting, explorer)
+                waiting.clear()
+        if waiting:
+            storage.write(len(outcomes) - len(waiting), waiting, explorer)
     device = actor.generator.device
 
     def stacked(name: str) -> Tensor:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from policies import Policy, Sample
+from policies.base import Explorer
 
 PRODUCTS_PER_SAMPLE_PART = 100_000_000
 """Multiplications below which a part of a batch to sample is not worth a thread: it takes many small steps, and Python
@@ -70,6 +71,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has the pool, but not its threads
 
 
+def explorer_in_parts(policy: Policy, rows: int, threads: int) -> Explorer:
+    """`Policy.explorer` for batches of so many rows, dealt out to threads where that pays."""
+    device = next(policy.parameters()).device
+    if _parts_to_sample(policy, rows, threads, device) < 2:
+        return policy.explorer()
+    return Explorer(partial(sample_in_parts, policy, deterministic=False, threads=threads))
+
+
 def sample_in_parts(policy: Policy, obs: Tensor, noise: Tensor, *, deterministic: bool, threads: int) -> Sample:
     """`Policy.sample`, the rows dealt out to threads where that pays.
 
@@ -80,18 +89,24 @@ def sample_in_parts(policy: Policy, obs: Tensor, noise: Tensor, *, deterministic
         deterministic: as of `Policy.sample`.
         threads: at most so many parts.
     """
+    count = _parts_to_sample(policy, len(obs), threads, obs.device)
+    if count < 2:
+        return policy.sample(obs, deterministic=deterministic, noise=noise)
 
     @torch.inference_mode()
     def sample(part: tuple[Tensor, Tensor]) -> Sample:
         obs, noise = part
         return policy.sample(obs, deterministic=deterministic, noise=noise)
 
-    count = min(threads, len(obs), len(obs) * policy.products_per_sample // PRODUCTS_PER_SAMPLE_PART)
-    if count < 2 or obs.device.type != "cpu":
-        return policy.sample(obs, deterministic=deterministic, noise=noise)
     parts = list(zip(obs.tensor_split(count), noise.tensor_split(count), strict=True))
     samples = map_in_threads(sample, parts, threads)
     return Sample(*(torch.cat([getattr(one, field.name) for one in samples]) for field in fields(Sample)))
+
+
+def _parts_to_sample(policy: Policy, rows: int, threads: int, device: torch.device) -> int:
+    if threads < 2 or rows < 2 or device.type != "cpu":
+        return 1
+    return min(threads, rows, rows * policy.products_per_sample // PRODUCTS_PER_SAMPLE_PART)
 
 
 def rows_per_part(rows: int, products_per_row: int, device: torch.device) -> int:

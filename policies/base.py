@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -50,6 +51,28 @@ class Sample:
     def log_prob(self) -> Tensor:
         """[B, K]: joint log-likelihood of each inner step."""
         return self.log_prob_factors.flatten(2).sum(-1) if self.log_prob_factors.dim() > 2 else self.log_prob_factors
+
+
+class Explorer:
+    """A policy as it is now, for many calls: draws actions, and tells only afterwards what is to be kept of them.
+
+    Where a few rows go through small layers, everything else that a call does takes longer than they. To be called in
+    `torch.inference_mode`, or there will be graphs that nobody needs.
+    """
+
+    def __init__(self, draw: Callable[[Tensor, Tensor], Sample]) -> None:
+        """``draw`` takes observations [B, To, Do] and noise, as of `Policy.draw_noise`."""
+        self._draw = draw
+
+    def draw(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Any]:
+        """Actions, as of `Sample`, and what `record` wants to know of the call."""
+        sample = self._draw(obs, noise)
+        return sample.action, sample
+
+    def record(self, calls: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """``chain`` and ``log_prob_factors``, as of `Sample`, of S calls: [S, B, ...] each."""
+        chains, factors = zip(*((sample.chain, sample.log_prob_factors) for sample in calls), strict=True)
+        return torch.stack(chains), torch.stack(factors)
 
 
 def log_prob_factors(distribution: Distribution, value: Tensor) -> Tensor:
@@ -158,7 +181,11 @@ class Policy(nn.Module):
         """What `sample` does, without a graph."""
         raise NotImplementedError
 
-    @property
+    def explorer(self) -> Explorer:
+        """Exploring `sample` for many calls with the weights and scaling as they are now, the same to the last bit."""
+        return Explorer(lambda obs, noise: self.sample(obs, noise=noise))
+
+    @cached_property
     def products_per_sample(self) -> int:
         """About how many multiplications `sample` takes for one observation."""
         return sum(parameter.numel() for parameter in self.parameters())

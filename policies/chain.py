@@ -14,7 +14,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -188,7 +188,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
         shape = (batch, 1 + len(self.timesteps), *self.latent_shape)
         return torch.randn(shape, generator=generator, device=self.alpha_bar.device)
 
-    @property
+    @cached_property
     def products_per_sample(self) -> int:
         return len(self.timesteps) * sum(parameter.numel() for parameter in self.network.parameters())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
-from policies.base import Policy, PolicyConfig, Sample, log_prob_factors
+from policies.base import Explorer, Policy, PolicyConfig, Sample, log_prob_factors
 from policies.distributions import SquashedNormal
+from policies.networks.mlp import MLP
 from policies.networks.registry import build_head
 from policies.normalization import Affine
 
@@ -77,13 +78,17 @@ class GaussianPolicy(Policy, type="gaussian"):
             raw_std = raw_std.unflatten(1, self.latent_shape)
         else:
             raw_std = self.raw_std
-        std = self.config.min_std + F.softplus(raw_std)
+        std = self._std(raw_std)
         kind = SquashedNormal if self.config.squash else Normal
         return kind(out.unflatten(1, self.latent_shape), std, validate_args=False)
 
+    def _std(self, raw: Tensor) -> Tensor:
+        return self.config.min_std + F.softplus(raw)
+
     def draw_noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal [B, Tp, Da]."""
-        return torch.randn((batch, *self.latent_shape), generator=generator, device=self.network.output.weight.device)
+        device = self.network.output.weight.device if generator is None else generator.device
+        return torch.randn((batch, *self.latent_shape), generator=generator, device=device)
 
     def _sample(self, obs: Tensor, noise: Tensor, deterministic: bool) -> Sample:
         law = self._law(obs)
@@ -98,6 +103,10 @@ class GaussianPolicy(Policy, type="gaussian"):
             log_prob_factors(law, latent)[:, None],
         )
 
+    def explorer(self) -> Explorer:
+        plain = self.config.std == "free" and not self.config.squash and isinstance(self.network, MLP)
+        return GaussianExplorer(self) if plain else super().explorer()
+
     def transition(self, obs: Tensor, latent: Tensor, step: Tensor) -> Distribution:
         return Independent(self._law(obs), 2, validate_args=False)
 
@@ -110,3 +119,26 @@ class GaussianPolicy(Policy, type="gaussian"):
         if self.config.squash:
             latent = latent.clamp(-LARGEST, LARGEST).atanh()
         return -self._law(obs).log_prob(latent).flatten(1).mean(1)
+
+
+class GaussianExplorer(Explorer):
+    """Of a Gaussian with the same std in every state, not squashed, whose network is an MLP."""
+
+    @torch.no_grad()
+    def __init__(self, policy: GaussianPolicy) -> None:
+        self._normalize, self._network = policy.obs_scaler.prepared(), policy.network.plain()
+        self._scale, self._shift = policy.action_scaler.scale, policy.action_scaler.shift
+        self._unscaled = bool((self._scale == 1).all() and (self._shift == 0).all())
+        self._shape, self._executed = policy.latent_shape, policy.config.executed_chunk
+        self._std = policy._std(policy.raw_std)  # [Tp, Da]
+
+    def draw(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        mean = self._network(self._normalize(obs).flatten(1)).view(-1, *self._shape)
+        latent = torch.addcmul(mean, self._std, noise)
+        executed = latent if self._executed == self._shape[0] else latent[:, : self._executed]
+        return executed if self._unscaled else executed * self._scale + self._shift, (mean, latent)
+
+    def record(self, calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        mean, latent = (torch.stack(tensors) for tensors in zip(*calls, strict=True))  # [S, B, Tp, Da]
+        factors = Normal(mean, self._std, validate_args=False).log_prob(latent)
+        return torch.stack([torch.zeros_like(latent), latent], dim=2), factors[:, :, None]

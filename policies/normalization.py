@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,11 @@ class Affine(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         return (x - self.shift) / self.scale
+
+    def prepared(self) -> Callable[[Tensor], Tensor]:
+        """`normalize` with the scaling as it is now, for many calls."""
+        shift, scale = self.shift, self.scale
+        return lambda x: (x - shift) / scale
 
     def denormalize(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
@@ -75,5 +82,10 @@ class RunningStandardizer(nn.Module):
         self.count.copy_(total)
 
     def normalize(self, x: Tensor) -> Tensor:
-        scale = (self.variance + 1e-8).rsqrt().to(x.dtype)
-        return ((x - self.mean.to(x.dtype)) * scale).clamp(-self.clip, self.clip)
+        return self.prepared(x.dtype)(x)
+
+    def prepared(self, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
+        """`normalize` with the statistics as they are now, for many calls."""
+        scale = (self.variance + 1e-8).rsqrt().to(dtype)
+        mean, clip = self.mean.to(dtype), self.clip
+        return lambda x: (x - mean).mul_(scale).clamp_(-clip, clip)

@@ -3,6 +3,7 @@
 N environments, To history, Ta executed chunk, Da action dimension, Do observation dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,7 @@ class Stepper:
         action = env.single_action_space
         self._chunk = action.shape[0] if isinstance(action, Box) else 1
         self._resets_next = np.zeros(env.num_envs, bool)
+        self._directly: Callable[[np.ndarray], Step] | None = getattr(env, "advance", None)
 
     @property
     def num_envs(self) -> int:
@@ -90,6 +92,15 @@ class Stepper:
             UserError: an action, an observation or a reward is not finite.
         """
         _require_finite(action, "action")
+        step = self._through_gymnasium(action) if self._directly is None else self._directly(action)
+        _require_finite(step.final_obs, "observation")
+        if (step.terminated | step.truncated).any():
+            _require_finite(step.obs, "observation")
+        _require_finite(step.step_rewards, "reward")
+        return step
+
+    def _through_gymnasium(self, action: np.ndarray) -> Step:
+        """`step` where an environment has no more to offer than what Gymnasium asks for."""
         obs, _, terminated, truncated, infos = self.env.step(action)
         ended = terminated | truncated  # [N]
         step_rewards, steps = self._executed(infos)  # [N, Ta], [N]
@@ -103,9 +114,6 @@ class Stepper:
         valid = ~self._resets_next  # [N]
         if self._mode is AutoresetMode.NEXT_STEP:
             self._resets_next = ended
-        _require_finite(final_obs, "observation")
-        _require_finite(next_obs, "observation")
-        _require_finite(step_rewards, "reward")
         return Step(next_obs, final_obs, step_rewards, steps, terminated, truncated & ~terminated, valid)
 
     def close(self) -> None:
@@ -131,7 +139,7 @@ class Stepper:
 def _require_finite(values: np.ndarray, quantity: str) -> None:
     """Raise if any of values [N, ...] is NaN or infinite."""
     finite = np.isfinite(values)
-    if finite.all():
+    if np.logical_and.reduce(finite, axis=None):
         return
     env, *index = (int(i) for i in np.argwhere(~finite)[0])
     value = values[(env, *index)]

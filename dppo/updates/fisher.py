@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,32 +38,45 @@ def fisher_outputs(law: Distribution, value: Tensor) -> tuple[list[Tensor], Call
     return [law.log_prob(value)], lambda tangents: tangents
 
 
-def fisher_product(
-    law: Distribution, value: Tensor, parameters: FlatParameters, vector: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """F v [P], of the mean over the law's B rows.
+class FisherProduct:
+    """v -> F v, of the mean over a law's B rows; keeps the graphs, for many products at the same parameters.
 
     The product J v is the gradient of (J^T u) v by u: reverse mode twice, since torch's forward mode has one state for
     all threads.
-
-    Args:
-        law: as of `fisher_outputs`, with a graph to the parameters.
-        value: as of `fisher_outputs`.
-        parameters: of the policy.
-        vector: [P].
-        out: memory [P] for the result, if given.
     """
-    outputs, metric = fisher_outputs(law, value)
-    with_graph = [output for output in outputs if output.requires_grad]
-    probes = [torch.zeros_like(output, requires_grad=True) for output in with_graph]
-    how = {"allow_unused": True, "materialize_grads": True}
-    pulled = torch.autograd.grad(with_graph, parameters.parameters, probes, create_graph=True, **how)
-    moved = iter(torch.autograd.grad(pulled, probes, parameters.split(vector), retain_graph=True, **how))
-    tangents = [next(moved) if output.requires_grad else torch.zeros_like(output) for output in outputs]
-    pairs = zip(metric(tangents), outputs, strict=True)
-    weighted = [cotangent / len(value) for cotangent, output in pairs if output.requires_grad]
-    products = torch.autograd.grad(with_graph, parameters.parameters, weighted, **how)
-    return torch.cat([product.flatten() for product in products], out=out)
+
+    def __init__(self, law: Distribution, value: Tensor, parameters: FlatParameters) -> None:
+        """The policy's parameters, and what `fisher_outputs` takes; the law has a graph to the parameters."""
+        self._parameters = parameters
+        self._rows = len(value)
+        self._outputs, self._metric = fisher_outputs(law, value)
+        self._with_graph = [output for output in self._outputs if output.requires_grad]
+        self._probes = [torch.zeros_like(output, requires_grad=True) for output in self._with_graph]
+        self._pulled = _grad(self._with_graph, parameters.parameters, self._probes, create_graph=True)
+
+    def __call__(self, vector: Tensor, out: Tensor | None = None) -> Tensor:
+        """[P], of a vector [P]; in memory ``out`` if given."""
+        moved = iter(_grad(self._pulled, self._probes, self._parameters.split(vector)))
+        tangents = [next(moved) if output.requires_grad else torch.zeros_like(output) for output in self._outputs]
+        pairs = zip(self._metric(tangents), self._outputs, strict=True)
+        weighted = [cotangent / self._rows for cotangent, output in pairs if output.requires_grad]
+        products = _grad(self._with_graph, self._parameters.parameters, weighted)
+        return torch.cat([product.flatten() for product in products], out=out)
+
+
+def _grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, create_graph: bool = False
+) -> Sequence[Tensor]:
+    """Zero where an output does not depend on an input; the graph stays."""
+    how = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=create_graph, **how)
+
+
+def fisher_product(
+    law: Distribution, value: Tensor, parameters: FlatParameters, vector: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """A single `FisherProduct`, without keeping anything."""
+    return FisherProduct(law, value, parameters)(vector, out)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dppo.threads import map_in_threads, rows_per_part, single_thread
 from dppo.updates.batch import Batch, Pairs, split
 from dppo.updates.config import UpdateConfig
 from dppo.updates.critic_fit import CriticFit
-from dppo.updates.fisher import Solution, conjugate_gradients, fisher_product
+from dppo.updates.fisher import FisherProduct, Solution, conjugate_gradients
 from dppo.updates.flat import FlatParameters, check_finite
 from dppo.updates.gradient import MeanOverParts
 from dppo.updates.schedule import schedule_factor
@@ -30,6 +30,9 @@ METRICS = (
     *("cg_iterations", "cg_residual", "actor_steps"),
 )
 """That an update has only if the policy learns in it."""
+KEPT_PRODUCTS = 50_000_000
+"""Multiplications of a forward pass up to which the graphs of the Fisher information stay in memory, and are not made
+again for each of its products; some tens of MiB at most, with small networks."""
 
 
 @dataclass(frozen=True)
@@ -204,10 +207,22 @@ class NaturalGradient:
             order = torch.randperm(len(indices), generator=self.generator, device=self.generator.device)
             indices = order[:count]
 
+        kept: dict[int, FisherProduct] = {}  # by the first pair of a part
+        keep = len(indices) * len(self.parameters) <= KEPT_PRODUCTS
+
+        def of_pairs(chosen: Tensor) -> FisherProduct:
+            name = int(chosen[0])
+            if name in kept:
+                return kept[name]
+            pairs = batch.pairs(chosen)
+            made = FisherProduct(self._law(pairs), pairs.following, self.parameters)
+            if keep:
+                kept[name] = made
+            return made
+
         def product(vector: Tensor) -> Tensor:
             def of_part(part: tuple[Tensor, ...], memory: Tensor | None) -> tuple[Tensor, None]:
-                pairs = batch.pairs(part[0])
-                return fisher_product(self._law(pairs), pairs.following, self.parameters, vector, memory), None
+                return of_pairs(part[0])(vector, memory), None
 
             mean, _ = self._mean(of_part, (indices,))
             return mean.mul(batch.num_steps).add_(vector, alpha=self.config.damping)

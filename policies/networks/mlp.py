@@ -124,6 +124,11 @@ class MLP(nn.Module):
         """What the last layer sees."""
         return self.trunk[:-1](self.input(x))
 
+    def plain(self) -> Layer:
+        """`forward` with less overhead, see `plain_trunk`."""
+        first, trunk = _plain_linear(self.input), self.plain_trunk()
+        return lambda x: trunk(first(x))
+
     def plain_trunk(self) -> Layer:
         """``trunk`` as a function of the weights as they are now, without the calls of modules and their look-ups.
 

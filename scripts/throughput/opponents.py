@@ -1,4 +1,4 @@
-"""Other people's PPO, installed into a virtual environment apart from this project's."""
+"""Other people's PPO and TRPO, installed into a virtual environment apart from this project's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Opponent:
 
 
 OPPONENTS = {
-    "sb3": Opponent("Stable-Baselines3 2.9.2", (("stable-baselines3==2.9.2",),), ("dummy", "subproc")),
+    # SB3-contrib has its TRPO, for `benchmark_stable_baselines.py`.
+    "sb3": Opponent(
+        "Stable-Baselines3 2.9.2", (("stable-baselines3==2.9.2", "sb3-contrib==2.9.2"),), ("dummy", "subproc")
+    ),
     # Its last release asks for Python below 3.11 and pins libraries that the one script used here does not import; the
     # script itself runs on newer ones. It imports distutils, which setuptools keeps for Python 3.12 and later.
     "cleanrl": Opponent(

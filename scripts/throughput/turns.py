@@ -17,6 +17,7 @@ from typing import Any, Self
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 MARK = "seconds of the turn: "
+REPORT = "report: "
 
 
 def environment() -> dict[str, str]:
@@ -61,6 +62,17 @@ class Turns:
             self.ended()
 
 
+def run_and_report(iterate: Callable[[], object], conclude: Callable[[], object], *, iterations: int) -> None:
+    """All turns of a contender that iterates so often; one turn more, and it reports what it concludes."""
+    turns = Turns()
+    turns.begin()
+    for _ in range(iterations):
+        iterate()
+        turns.ended()
+    print(REPORT + json.dumps(conclude()), flush=True)
+    turns.ended()
+
+
 def settings() -> dict[str, Any]:
     """What this contender was started with."""
     return json.loads(sys.argv[1])
@@ -71,6 +83,8 @@ class Contender:
 
     def __init__(self, python: Path, worker: str, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
+        self.report: Any = None
+        """What it has reported, if anything."""
         self._directory = tempfile.TemporaryDirectory()
         self._errors = Path(self._directory.name) / "errors.txt"
         with self._errors.open("w") as errors:
@@ -88,6 +102,12 @@ class Contender:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all threads of the process so far, in hundredths of seconds; what other processes do is not in it."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in user code and in the system
+
     def turn(self, iterations: int) -> list[float]:
         """Seconds of so many iterations, one after the other.
 
@@ -101,6 +121,8 @@ class Contender:
         except BrokenPipeError:
             pass  # told below
         for line in self._process.stdout:
+            if line.startswith(REPORT):
+                self.report = json.loads(line.removeprefix(REPORT))
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
         raise RuntimeError(f"{self._process.args} died:\n{self._errors.read_text()[-2000:]}")

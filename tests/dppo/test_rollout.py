@@ -108,6 +108,19 @@ def test_a_rollout_goes_on_where_the_one_before_stopped(small_policy, actor_of):
     assert torch.equal(torch.cat([first.chain, second.chain]), whole.chain)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "mixture", "diffusion"])
+@pytest.mark.parametrize("at_once", [1, 3, 7, 20])
+def test_it_does_not_matter_how_many_steps_are_written_together(small_policy, actor_of, monkeypatch, kind, at_once):
+    policy = small_policy(kind)
+    expected = collect_rollout(actor_of(policy), policy, 7)
+    monkeypatch.setattr("dppo.rollout.KEPT_STEPS", at_once)
+    ours = collect_rollout(actor_of(policy), policy, 7)
+    for name in ("obs", "chain", "log_prob_factors", "rewards", "last_obs"):
+        found = getattr(ours, name)
+        assert torch.equal(found, getattr(expected, name)), name
+        assert not found.is_inference(), "it can be learned from"
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "diffusion"])
 def test_a_rollout_through_used_storage_is_the_one_through_fresh_memory_and_lies_where_the_one_before_lay(
     small_policy, actor_of, kind

@@ -171,6 +171,32 @@ def test_every_registered_policy_has_a_case() -> None:
     assert {case["type"] for case in CASES.values()} == set(Policy.registry)
 
 
+def test_an_explorer_draws_what_sample_does_call_by_call(policy: Policy) -> None:
+    explorer = policy.explorer()
+    inputs = [(observations(policy), policy.draw_noise(BATCH, seeded(seed))) for seed in range(3)]
+    with torch.inference_mode():
+        actions, calls = zip(*(explorer.draw(*call) for call in inputs), strict=True)
+        chains, factors = explorer.record(calls)
+    for number, (obs, noise) in enumerate(inputs):
+        assert_same_sample(Sample(actions[number], chains[number], factors[number]), policy.sample(obs, noise=noise))
+
+
+def test_an_explorer_is_that_of_the_policy_as_it_was_made_and_leaves_it_learning(policy: Policy) -> None:
+    obs, noise = observations(policy), policy.draw_noise(BATCH, seeded(0))
+    first = policy.explorer()
+    with torch.inference_mode():
+        first.record([first.draw(obs, noise)[1]])
+    with torch.no_grad():
+        for weights in policy.parameters():
+            weights.add_(0.1)
+    second = policy.explorer()
+    with torch.inference_mode():
+        action, call = second.draw(obs, noise)
+        chain, _ = second.record([call])
+    expected = policy.sample(obs, noise=noise)
+    assert torch.equal(action, expected.action) and torch.equal(chain[0], expected.chain)
+
+
 def test_transition_scores_what_was_sampled_as_sample_did(policy: Policy) -> None:
     obs = observations(policy)
     sample = policy.sample(obs, generator=seeded(0))

@@ -81,7 +81,7 @@ class Physics:
         controls = controls.astype(np.float64)
         states = _room(self._state, controls.shape[1])  # [N, Ta + 1, S]
         fields = {name: _room(values, controls.shape[1]) for name, values in self._fields.items()}
-        if fields:
+        if fields or controls.shape[1] == 1:  # a chunk of one step takes no more time outside of MuJoCo in this way
             self._share(lambda data, row: self._step(data, row, controls, states, fields))
         else:
             self._roll(controls, states)
@@ -155,6 +155,10 @@ class Physics:
 
     def _share(self, work: Callable[[MjData, int], None]) -> None:
         """Work on every row, with all threads: whichever is free takes the next."""
+        if self._pool is None:
+            for row in range(len(self._state)):
+                work(self._workers[0], row)
+            return
         rows = deque(range(len(self._state)))  # its popleft is safe between threads
 
         def work_off(data: MjData) -> None:
@@ -165,7 +169,7 @@ class Physics:
                     return
                 work(data, row)
 
-        others = [self._pool.submit(work_off, data) for data in self._workers[1:]] if self._pool is not None else []
+        others = [self._pool.submit(work_off, data) for data in self._workers[1:]]
         work_off(self._workers[0])
         for other in others:
             other.result()

@@ -28,7 +28,8 @@ def hopper(
 
     def healthy(frames: Frames) -> np.ndarray:
         rest = posture(frames, hidden=2)
-        return _upright(frames, healthy_z_range, healthy_angle_range) & within(rest, healthy_state_range).all(-1)
+        steady = np.logical_and.reduce(within(rest, healthy_state_range), axis=-1)
+        return _upright(frames, healthy_z_range, healthy_angle_range) & steady
 
     observe = partial(posture, hidden=1 if exclude_current_positions_from_observation else 0, max_speed=10)
     return locomotion(env, version, observe=observe, forward=_x, healthy=healthy, **settings)

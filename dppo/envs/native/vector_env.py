@@ -18,8 +18,9 @@ from gymnasium.vector.utils import batch_space
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.infos import same_step_infos
 from dppo.envs.native.physics import Physics
-from dppo.envs.native.rules import Rules
+from dppo.envs.native.rules import Rules, later
 from dppo.envs.seeds import seeds_of
+from dppo.envs.stepper import Step
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         )
         self._generators: list[np.random.Generator] = []
         self._elapsed = np.zeros(num_envs, np.int64)
+        self._valid = np.ones(num_envs, bool)
         self._history = np.zeros((num_envs, *env.observation_space.shape), np.float32)  # [N, To, Do]
 
     def reset(
@@ -93,6 +95,7 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for row in rows:
             if seeds[row] is not None:
                 self._generators[row] = np_random(seeds[row])[0]
+        self._history = self._history.copy()  # the last step's observations keep what they say
         self._begin(rows)
         return self._history.copy(), {}
 
@@ -106,6 +109,23 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             Observations [N, To, Do], summed rewards [N], terminated [N], truncated [N], and infos in the layout of
             Gymnasium's SAME_STEP mode.
         """
+        final, step_rewards, steps, terminated, truncated = self._execute(actions)
+        infos = same_step_infos(step_rewards, steps, final, terminated | truncated)
+        # Summed one after the other, as the environments do, not in pairs.
+        return self._history.copy(), step_rewards.cumsum(1)[:, -1], terminated, truncated, infos
+
+    def advance(self, actions: np.ndarray) -> Step:
+        """Execute a chunk everywhere; as `step`, without a detour through infos.
+
+        Args:
+            actions: [N, Ta, Da], clipped to the bounds.
+        """
+        final, step_rewards, steps, terminated, truncated = self._execute(actions)
+        truncated = truncated & ~terminated
+        return Step(self._history.copy(), final, step_rewards, steps, terminated, truncated, self._valid.copy())
+
+    def _execute(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Move on; the last observations [N, To, Do], rewards [N, Ta], steps [N], terminated [N] and truncated [N]."""
         if not self._generators:
             raise ResetNeeded("reset the environments before the first step")
         actions = self._clipped(actions)
@@ -113,23 +133,27 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         frames = self._physics.advance(actions)
         with np.errstate(over="ignore", invalid="ignore"):  # what follows the end of an episode may be anything
             rewards, terminated = self._rules.judge(frames, actions)  # [N, Ta] each
-            seen = self._rules.observe({name: values[:, 1:] for name, values in frames.items()})
-            recent = np.concatenate([self._history, seen.astype(np.float32)], axis=1)  # [N, To + Ta, Do]
-        truncated = self._elapsed[:, None] + np.arange(1, chunk + 1) >= self._limit  # [N, Ta]
-        steps, ended = _until_first(terminated | truncated)  # [N], [N]
-        everyone = np.arange(num_envs)
-        step_rewards = np.where(np.arange(chunk) < steps[:, None], rewards, 0.0)  # [N, Ta]
-        terminated, truncated = (flags[everyone, steps - 1] & ended for flags in (terminated, truncated))
+            seen = self._rules.observe(later(frames)).astype(np.float32)  # [N, Ta, Do]
+        if chunk == 1:  # nothing follows the end of an episode: the same as below, of one step
+            steps, step_rewards = self._valid.astype(np.int64), rewards
+            terminated, truncated = terminated[:, 0], self._elapsed + 1 >= self._limit
+            ended = terminated | truncated
+            self._history = np.concatenate([self._history[:, 1:], seen], axis=1)
+        else:
+            recent = np.concatenate([self._history, seen], axis=1)  # [N, To + Ta, Do]
+            truncated = self._elapsed[:, None] + np.arange(1, chunk + 1) >= self._limit  # [N, Ta]
+            steps, ended = _until_first(terminated | truncated)  # [N], [N]
+            step_rewards = np.where(np.arange(chunk) < steps[:, None], rewards, 0.0)  # [N, Ta]
+            everyone = np.arange(num_envs)
+            terminated, truncated = (flags[everyone, steps - 1] & ended for flags in (terminated, truncated))
+            # Row To + i of `recent` is the observation after step i, so the history after n steps is rows n to n + To.
+            self._history = recent[everyone[:, None], steps[:, None] + np.arange(self._history.shape[1])]
         self._elapsed += steps
-        # Row To + i of `recent` is the observation after step i, so the history after n steps is rows n to n + To.
-        self._history = recent[everyone[:, None], steps[:, None] + np.arange(self._history.shape[1])]
         final = self._history
         if ended.any():
             self._history = self._history.copy()
             self._begin(np.flatnonzero(ended))
-        infos = same_step_infos(step_rewards, steps, final, ended)
-        # Summed one after the other, as the environments do, not in pairs.
-        return self._history.copy(), step_rewards.cumsum(1)[:, -1], terminated, truncated, infos
+        return final, step_rewards, steps, terminated, truncated
 
     def get_state(self) -> VectorState:
         """A copy of the whole state; put back, the environments do again what they did."""

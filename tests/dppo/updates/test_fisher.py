@@ -15,7 +15,7 @@ from torch.distributions import (
 )
 from torch.func import functional_call
 
-from dppo.updates.fisher import conjugate_gradients, fisher_product
+from dppo.updates.fisher import FisherProduct, conjugate_gradients, fisher_product
 from dppo.updates.flat import FlatParameters
 
 ROWS = 7
@@ -124,6 +124,14 @@ def test_the_result_goes_into_the_memory_that_is_given():
     product = fisher_product(law(net(x)), net(x), parameters, vector, out)
     assert product.data_ptr() == out.data_ptr()
     assert torch.equal(product, fisher_product(law(net(x)), net(x), parameters, vector))
+
+
+def test_kept_graphs_give_the_same_products_again_and_again(case):
+    net, law, x = case
+    parameters, value = FlatParameters(net.parameters()), law(net(x)).sample()
+    kept = FisherProduct(law(net(x)), value, parameters)
+    for vector in torch.randn(3, len(parameters)):
+        assert torch.equal(kept(vector), fisher_product(law(net(x)), value, parameters, vector))
 
 
 # --- conjugate gradients

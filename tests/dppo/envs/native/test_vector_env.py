@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
 
-from dppo.envs.vector import sync_vector_env
+from dppo.envs.stepper import Stepper
+from dppo.envs.vector import make_vector_env, sync_vector_env
 from dppo.task import Task
 
 HOPPER = Task("hopper", "Hopper-v5", max_episode_steps=30)
@@ -126,3 +127,37 @@ def test_chunks_of_the_wrong_shape_are_refused(native_env):
 def test_the_wrong_number_of_seeds_is_refused(native_env):
     with pytest.raises(ValueError, match="expected 3 seeds, got 2"):
         native_env(HOPPER).reset(seed=[1, 2])
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("task", [HOPPER, ANT, REACHER_V4])
+def test_steps_without_a_detour_through_infos_are_those_with_it(task, chunk):
+    native = make_vector_env(task, 3, history=2, chunk=chunk)
+    gym = sync_vector_env(task, 3, history=2, chunk=chunk)
+    native.action_space.seed(0)
+    steppers = Stepper(native), Stepper(gym)
+    assert steppers[0]._directly is not None and steppers[1]._directly is None
+    np.testing.assert_array_equal(*(stepper.reset(seed=1) for stepper in steppers))
+    ends = 0
+    for _ in range(40):
+        action = native.action_space.sample()
+        ours, theirs = (vars(stepper.step(action)) for stepper in steppers)
+        for name, found in ours.items():
+            np.testing.assert_array_equal(found, theirs[name], err_msg=name)
+        ends += (ours["terminated"] | ours["truncated"]).sum()
+    assert ends >= 3
+    for stepper in steppers:
+        stepper.close()
+
+
+def test_what_a_step_told_stays_as_it_was():
+    env = make_vector_env(HOPPER, 2, history=1, chunk=1)
+    stepper = Stepper(env)
+    stepper.reset(seed=0)
+    told = stepper.step(np.zeros(env.action_space.shape, np.float32))
+    kept = {name: np.copy(values) for name, values in vars(told).items()}
+    stepper.step(np.ones(env.action_space.shape, np.float32))
+    stepper.reset()
+    for name, values in kept.items():
+        np.testing.assert_array_equal(getattr(told, name), values, err_msg=name)
+    stepper.close()
