@@ -244,5 +244,5 @@ def test_a_natural_gradient_has_no_room_for_a_loss_but_for_a_reward(small_policy
 
 def test_an_anchor_does_not_go_with_inner_steps_that_become_fewer(small_policy, task_of):
     policy, size = small_policy("diffusion"), TrainerConfig(1000, 4, 8, anneal=Annealing(finetuned_steps=1))
-    with pytest.raises(UserError, match=r"leave anneal\.finetuned_steps out"):
+    with pytest.raises(UserError, match=r"anneal\.finetuned_steps goes with neither"):
         Trainer(policy, task_of("diffusion"), size, PPOConfig(), CRITIC, anchor=KLPenalty(1.0, policy))
