@@ -60,7 +60,7 @@ class KLPenalty(ExtraLoss):
         self.reference = Reference(first)
 
     def losses(self, policy: Policy, scored: Scored) -> Tensor:
-        executed = policy.config.executed
+        executed = policy.config.executed_part
         first = self.reference.law(scored.pairs)
         divergences = closed_divergences(scored.law, first, executed)
         if divergences is not None:
@@ -161,7 +161,7 @@ class KLReward:
             step = torch.arange(steps, device=obs.device).repeat(len(obs))
             law = policy.transition(obs.repeat_interleave(steps, 0), chain[:, :-1].flatten(0, 1), step)
             first = log_prob_factors(law, chain[:, 1:].flatten(0, 1))
-            found = log_ratio(factors.flatten(0, 1), first, "sum", executed=policy.config.executed)
+            found = log_ratio(factors.flatten(0, 1), first, "sum", executed=policy.config.executed_part)
             return found.view(-1, steps).sum(1)
 
         parts = list(zip(*(column.split(at_once) for column in rows), strict=True))

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Distribution, Independent, kl_diver
 
 LogRatio = Literal["sum", "mean"]
 
+ALL = slice(None)
 MAX_LOG_RATIO = 80.0
 """Beyond it a ratio overflows float32, and the gradient of an infinite one is NaN even where it is clipped away."""
 
@@ -20,7 +21,7 @@ def log_ratio(
     old_factors: Tensor,
     reduction: LogRatio,
     clamp: tuple[float, float] | None = None,
-    executed: int | None = None,
+    executed: slice = ALL,
 ) -> Tensor:
     """log pi_new / pi_old of each sample, [B].
 
@@ -30,8 +31,8 @@ def log_ratio(
         reduction: ``sum`` is the true ratio; ``mean`` over the factors is what the original DPPO uses, and what its
             small clip ranges assume.
         clamp: bounds on each factor, [-5, 2] in the original DPPO.
-        executed: for factors of an action chunk [B, Tp, Da], score its first so many actions only; None: all. On a
-            chain this is an approximation (the original's, too): what is not executed of an inner latent still has
+        executed: for factors of an action chunk [B, Tp, Da], which actions to score (`PolicyConfig.executed_part`). On
+            a chain this is an approximation (the original's, too): what is not executed of an inner latent still has
             its influence on the next one.
     """
     if clamp is not None:
@@ -39,7 +40,7 @@ def log_ratio(
     difference = new_factors - old_factors
     if difference.dim() == 1:
         return difference
-    difference = difference[:, :executed].flatten(1)
+    difference = difference[:, executed].flatten(1)
     return difference.sum(1) if reduction == "sum" else difference.mean(1)
 
 
@@ -95,7 +96,7 @@ def approximate_kl(log_ratios: Tensor) -> Tensor:
     return kl_terms(log_ratios).mean()
 
 
-def divergence_terms(old: Distribution, new: Distribution, log_ratios: Tensor, executed: int | None = None) -> Tensor:
+def divergence_terms(old: Distribution, new: Distribution, log_ratios: Tensor, executed: slice = ALL) -> Tensor:
     """KL(old || new) of each row [B]; where there is no closed form, `kl_terms`, whose mean estimates it.
 
     Args:
@@ -108,11 +109,11 @@ def divergence_terms(old: Distribution, new: Distribution, log_ratios: Tensor, e
     return kl_terms(log_ratios) if divergences is None else divergences
 
 
-def closed_divergences(old: Distribution, new: Distribution, executed: int | None = None) -> Tensor | None:
+def closed_divergences(old: Distribution, new: Distribution, executed: slice = ALL) -> Tensor | None:
     """KL(old || new) of each row [B], see `divergence_terms`; None where there is no closed form."""
     try:
         if isinstance(old, Independent) and isinstance(new, Independent):
-            return _divergence(old.base_dist, new.base_dist)[:, :executed].flatten(1).sum(1)
+            return _divergence(old.base_dist, new.base_dist)[:, executed].flatten(1).sum(1)
         return _divergence(old, new)
     except NotImplementedError:
         return None
@@ -125,7 +126,7 @@ def _divergence(old: Distribution, new: Distribution) -> Tensor:
     return kl_divergence(old, new)
 
 
-def entropy_terms(law: Distribution, factors: Tensor, log_ratios: Tensor, executed: int | None = None) -> Tensor:
+def entropy_terms(law: Distribution, factors: Tensor, log_ratios: Tensor, executed: slice = ALL) -> Tensor:
     """Terms [B] whose mean is the entropy of a policy, and whose gradient is the entropy's.
 
     Where a law has no closed form: -r log pi of what was sampled, without bias at the policy that sampled.
@@ -137,8 +138,8 @@ def entropy_terms(law: Distribution, factors: Tensor, log_ratios: Tensor, execut
         executed: as of `log_ratio`; the entropy of actions that are never executed costs nothing and gains nothing.
     """
     try:
-        if executed is not None and isinstance(law, Independent):
-            return law.base_dist.entropy()[:, :executed].flatten(1).sum(1)
+        if isinstance(law, Independent):
+            return law.base_dist.entropy()[:, executed].flatten(1).sum(1)
         return law.entropy()
     except NotImplementedError:
         return -ratio_of(log_ratios) * factors.reshape(len(factors), -1).sum(1)

@@ -102,7 +102,11 @@ class PolicyConfig:
     chunk: int = 1
     """Tp, how many actions are predicted at once."""
     executed: int | None = None
-    """Ta, how many of them are executed before the next prediction (update rules score those only); None: all."""
+    """Ta, how many of them are executed before the next prediction (update rules score those only); None: all that are
+    left from ``first_executed`` on."""
+    first_executed: int = 0
+    """The action of a chunk that belongs to the latest observation. Those before it belong to earlier ones: such a
+    policy, as Diffusion Policy's, predicts anew what was done already, and neither executes nor scores it."""
 
     observation_scaling: ObservationScaling = "min_max"
     """``min_max``: to [-1, 1] over the demonstrations; ``running``: by the mean and variance of all that was seen."""
@@ -114,13 +118,25 @@ class PolicyConfig:
         for name in ("obs_dim", "action_dim", "history", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.executed is not None and not 1 <= self.executed <= self.chunk:
-            raise ValueError(f"executed must lie between 1 and chunk = {self.chunk}, not {self.executed}")
+        if not 0 <= self.first_executed < self.chunk:
+            raise ValueError(
+                f"first_executed must lie between 0 and chunk - 1 = {self.chunk - 1}, not {self.first_executed}"
+            )
+        left = self.chunk - self.first_executed
+        if self.executed is not None and not 1 <= self.executed <= left:
+            less = f" - first_executed = {left}" if self.first_executed else f" = {self.chunk}"
+            raise ValueError(f"executed must lie between 1 and chunk{less}, not {self.executed}")
 
     @property
     def executed_chunk(self) -> int:
         """Ta."""
-        return self.executed or self.chunk
+        return self.executed or self.chunk - self.first_executed
+
+    @property
+    def executed_part(self) -> slice:
+        """Which actions of a chunk are executed and scored: of its axis, or of any other where they are all."""
+        first, count = self.first_executed, self.executed_chunk
+        return slice(None) if count == self.chunk else slice(first, first + count)
 
 
 class Policy(nn.Module):

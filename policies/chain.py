@@ -253,7 +253,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
         return floored[:, None, None] if self.eta is None else floored.transpose(0, 1)
 
     def _action(self, latent: Tensor) -> Tensor:
-        clip, latent = self.config.final_clip, latent[:, : self.config.executed_chunk]
+        clip, latent = self.config.final_clip, latent[:, self.config.executed_part]
         return self.action_scaler.denormalize(latent if clip is None else latent.clamp(-clip, clip))
 
     # --- scoring -------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class GaussianPolicy(Policy, type="gaussian"):
         chain = torch.stack([torch.zeros_like(latent), latent], dim=1)  # z_0 says nothing
         normalized = latent.tanh() if self.config.squash else latent
         return Sample(
-            self.action_scaler.denormalize(normalized[:, : self.config.executed_chunk]),
+            self.action_scaler.denormalize(normalized[:, self.config.executed_part]),
             chain,
             log_prob_factors(law, latent)[:, None],
         )

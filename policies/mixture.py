@@ -42,8 +42,8 @@ class MixtureConfig(PolicyConfig):
             raise ValueError(f"initial_spread must not be negative, but is {self.initial_spread}")
         if not 0 < self.min_std < self.initial_std:
             raise ValueError(f"0 < min_std < initial_std must hold, not {self.min_std} and {self.initial_std}")
-        if self.executed not in (None, self.chunk):
-            raise ValueError("a mixture scores whole chunks: executed must be the chunk, or null")
+        if self.executed_chunk != self.chunk:
+            raise ValueError("a mixture scores whole chunks: executed must be the chunk, or null, and first_executed 0")
 
 
 class MixturePolicy(Policy, type="mixture"):

@@ -114,7 +114,7 @@ def _prepare(config: Mapping[str, Any], task: Task) -> tuple[Policy, WindowDatas
     limits = bounds(train)
     policy.fit_observations(limits.obs_min, limits.obs_max)
     policy.fit_actions(limits.action_min, limits.action_max)
-    history, chunk = policy.config.history, policy.config.chunk
-    windows = WindowDataset(train, history, chunk)
+    shape = policy.config.history, policy.config.chunk, policy.config.first_executed
+    windows = WindowDataset(train, *shape)
     policy.observe(windows.observation)
-    return policy, windows, WindowDataset(validation, history, chunk) if validation else None
+    return policy, windows, WindowDataset(validation, *shape) if validation else None

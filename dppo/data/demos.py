@@ -206,18 +206,19 @@ class WindowDataset:
 
     The history o[t-To+1 .. t] repeats o[0] before the episode's beginning, as an environment's does after a reset, and
     the chunk a[t .. t+Tp-1] repeats the last action beyond its end (as Diffusion Policy does), so that the first and
-    the last steps are learnt from too.
+    the last steps are learnt from too. A chunk may begin earlier, at a[t - past], and repeats the first action then.
     """
 
     _data = ("observation", "action", "first", "last")
 
-    def __init__(self, episodes: Sequence[Episode], history: int, chunk: int) -> None:
+    def __init__(self, episodes: Sequence[Episode], history: int, chunk: int, past: int = 0) -> None:
         """Lay the episodes end to end.
 
         Args:
             episodes: at least one, all of the same dimensions.
             history: To >= 1.
             chunk: Tp >= 1; 1 for discrete actions.
+            past: how many actions of a chunk belong to observations before the latest.
         """
         if history < 1 or chunk < 1:
             raise ValueError(f"history and chunk must be at least 1, not {history} and {chunk}")
@@ -227,6 +228,7 @@ class WindowDataset:
         ends = lengths.cumsum(0)
         self.history = history
         self.chunk = chunk
+        self.past = past
         self.observation = torch.from_numpy(np.concatenate([e.observation[:-1] for e in episodes]))  # [S, Do]
         self.action = torch.from_numpy(np.concatenate([e.action for e in episodes]))  # [S, Da], discrete [S]
         self.first = (ends - lengths).repeat_interleave(lengths)  # [S], the row of the first step of the same episode
@@ -254,9 +256,9 @@ class WindowDataset:
         """
         now = indices.to(self.device)[:, None]  # [B, 1]
         past = torch.arange(1 - self.history, 1, device=self.device)  # [To]
-        ahead = torch.arange(self.chunk, device=self.device)  # [Tp]
+        ahead = torch.arange(-self.past, self.chunk - self.past, device=self.device)  # [Tp]
         seen = torch.maximum(now + past, self.first[now])  # [B, To]
-        done = torch.minimum(now + ahead, self.last[now])  # [B, Tp]
+        done = torch.clamp(now + ahead, self.first[now], self.last[now])  # [B, Tp]
         action = self.action[done]  # [B, Tp, Da], discrete [B, 1]
         return Windows(self.observation[seen], action if action.dim() == 3 else action.squeeze(1))
 

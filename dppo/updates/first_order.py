@@ -98,14 +98,14 @@ class FirstOrder:
             pairs.log_prob_factors,
             self.config.log_ratio,
             self.config.log_prob_clamp,
-            self.policy.config.executed,
+            self.policy.config.executed_part,
         )
-        executed = self.policy.config.executed
+        executed = self.policy.config.executed_part
         divergences = None if old is None else divergence_terms(old, law, log_ratios, executed)
         losses, *known = self.surrogate.rows(log_ratios, pairs.advantages, pairs.step, divergences)
         if self.config.entropy_coefficient > 0:
             losses = losses - self.config.entropy_coefficient * entropy_terms(
-                law, factors, log_ratios, self.policy.config.executed
+                law, factors, log_ratios, self.policy.config.executed_part
             )
         if self.extras:
             known.append(losses)
@@ -120,7 +120,7 @@ class FirstOrder:
         """[B], of latents under a law, reduced as log-ratios are."""
         factors, config = log_prob_factors(law, value), self.config
         nothing = torch.zeros_like(factors)
-        return log_ratio(factors, nothing, config.log_ratio, config.log_prob_clamp, self.policy.config.executed)
+        return log_ratio(factors, nothing, config.log_ratio, config.log_prob_clamp, self.policy.config.executed_part)
 
     def gather(self, batch: Batch, indices: Tensor) -> Pairs:
         """Copies of the pairs at these indices [B], with what the extra losses have to know."""

@@ -186,7 +186,7 @@ class NaturalGradient:
 
     def _log_ratios(self, law: Distribution, pairs: Pairs) -> Tensor:
         new = log_prob_factors(law, pairs.following)
-        return log_ratio(new, pairs.log_prob_factors, "sum", executed=self.policy.config.executed)
+        return log_ratio(new, pairs.log_prob_factors, "sum", executed=self.policy.config.executed_part)
 
     def _gradient(self, batch: Batch) -> Tensor:
         """[P], of `Judgement.objective`."""

@@ -86,8 +86,8 @@ def normals(policy: Policy, batch: Batch, chain: Tensor) -> list[Normal]:
     found = []
     for step in range(policy.num_steps):
         law = policy.transition(batch.obs, chain[:, step], torch.full((len(batch),), step)).base_dist
-        executed = policy.config.executed
-        found.append(Normal(law.loc[:, :executed], law.scale.expand_as(law.loc)[:, :executed]))
+        executed = policy.config.executed_part
+        found.append(Normal(law.loc[:, executed], law.scale.expand_as(law.loc)[:, executed]))
     return found
 
 

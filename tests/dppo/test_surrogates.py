@@ -52,7 +52,7 @@ def test_the_divergence_of_laws_is_that_of_torch_wherever_there_is_one(kind):
 def test_the_divergence_is_of_the_actions_that_are_executed():
     laws = LAWS["normal"](0.0), LAWS["normal"](0.3)
     first = (Independent(Normal(law.base_dist.loc[:, :1], law.base_dist.scale[:, :1]), 2) for law in laws)
-    torch.testing.assert_close(divergence_terms(*laws, torch.tensor([9.0]), executed=1), kl_divergence(*first))
+    torch.testing.assert_close(divergence_terms(*laws, torch.tensor([9.0]), executed=slice(1)), kl_divergence(*first))
 
 
 def test_a_divergence_without_a_closed_form_is_estimated_from_the_ratio():
@@ -112,9 +112,9 @@ def test_what_does_not_factorise_is_taken_as_it_is(reduction):
 
 def test_only_the_executed_actions_of_a_chunk_are_scored():
     new, old = torch.tensor([[[1.0, 2.0], [30.0, 40.0]]]), torch.zeros(1, 2, 2)
-    assert log_ratio(new, old, "sum", executed=1).tolist() == [3.0]
-    assert log_ratio(new, old, "mean", executed=1).tolist() == [1.5]
-    assert log_ratio(new, old, "sum", executed=2).tolist() == [73.0]
+    assert log_ratio(new, old, "sum", executed=slice(1)).tolist() == [3.0]
+    assert log_ratio(new, old, "mean", executed=slice(1)).tolist() == [1.5]
+    assert log_ratio(new, old, "sum", executed=slice(2)).tolist() == [73.0]
 
 
 def test_each_factor_is_clamped_and_not_their_sum():
@@ -214,6 +214,11 @@ def test_a_closed_entropy_is_taken_where_there_is_one():
 def test_the_entropy_of_actions_that_are_not_executed_is_left_out():
     scale = torch.tensor([1.0, 2.0, 9.0])[:, None].expand(4, 3, 2)
     law = Independent(Normal(torch.zeros(4, 3, 2), scale), 2)
-    terms = entropy_terms(law, torch.zeros(4, 3, 2), torch.zeros(4), executed=2)
+    terms = entropy_terms(law, torch.zeros(4, 3, 2), torch.zeros(4), executed=slice(2))
     expected = 2 * (Normal(0.0, 1.0).entropy() + Normal(0.0, 2.0).entropy())
     torch.testing.assert_close(terms, expected.expand(4))
+
+
+def test_actions_of_a_chunk_that_belong_to_the_past_are_not_scored() -> None:
+    new, old = torch.tensor([[[1.0], [2.0], [4.0]]]), torch.zeros(1, 3, 1)
+    assert log_ratio(new, old, "sum", executed=slice(1, 3)).tolist() == [6.0]

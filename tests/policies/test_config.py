@@ -5,6 +5,7 @@ from typing import Any, Literal
 import pytest
 
 from policies import UserError
+from policies.base import PolicyConfig
 from policies.config import config_from_dict, near_misses
 
 
@@ -115,3 +116,22 @@ def test_the_closest_names_are_near_misses_and_distant_ones_are_not() -> None:
     assert near_misses("hoper", ["hopper", "walker2d"]) == " (did you mean hopper?)"
     assert near_misses("hop", ["walker2d"]) == ""
     assert near_misses("mlp", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"first_executed": 4}, "first_executed must lie between 0 and chunk - 1 = 3, not 4"),
+        ({"first_executed": -1}, "first_executed must lie between 0"),
+        ({"first_executed": 2, "executed": 3}, r"executed must lie between 1 and chunk - first_executed = 2, not 3"),
+    ],
+)
+def test_what_is_executed_must_lie_within_the_chunk(settings: dict[str, int], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        PolicyConfig(2, 2, chunk=4, **settings)
+
+
+def test_all_that_is_left_of_a_chunk_is_executed_unless_told_otherwise() -> None:
+    assert PolicyConfig(2, 2, chunk=4).executed_part == slice(None)
+    assert PolicyConfig(2, 2, chunk=4, first_executed=1).executed_part == slice(1, 4)
+    assert PolicyConfig(2, 2, chunk=4, first_executed=1, executed=2).executed_part == slice(1, 3)

@@ -39,6 +39,13 @@ CASES: dict[str, dict[str, Any]] = {
     "gaussian": GAUSSIAN,
     "gaussian, std by state": {**GAUSSIAN, "std": "state"},
     "gaussian, chunk and history": {**GAUSSIAN, "chunk": 4, "history": 2, "executed": 2},
+    "gaussian, the chunk begins in the past": {
+        **GAUSSIAN,
+        "chunk": 4,
+        "history": 2,
+        "first_executed": 1,
+        "executed": 2,
+    },
     "gaussian, std by state, residual": {**GAUSSIAN, "network": RESIDUAL, "std": "state", "chunk": 2},
     "gaussian, running scaling": {**GAUSSIAN, "observation_scaling": "running"},
     "squashed gaussian": SQUASHED,
@@ -59,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
     "diffusion, history": {**DIFFUSION, "history": 2, "finetuned_steps": 3},
     "diffusion, chunk 1": {**DIFFUSION, "chunk": 1},
     "diffusion, part of the chunk": {**DIFFUSION, "executed": 2, "finetuned_steps": 3},
+    "diffusion, the chunk begins in the past": {**DIFFUSION, "history": 2, "first_executed": 1, "finetuned_steps": 3},
     "diffusion, plain network": {**DIFFUSION, "network": {**PLAIN, "step_dim": 8}},
     "diffusion, running scaling": {**DIFFUSION, "observation_scaling": "running", "finetuned_steps": 3},
     "diffusion, no clips": {**DIFFUSION, "x0_clip": None, "noise_clip": None, "beta_schedule": "linear"},
@@ -352,7 +360,7 @@ def test_the_action_is_the_executed_part_of_the_last_latent_in_units_of_the_envi
     if policy.discrete:
         assert torch.equal(sample.action, sample.chain[:, -1])
         return
-    latent = sample.chain[:, -1, : policy.config.executed_chunk]
+    latent = sample.chain[:, -1, policy.config.executed_part]
     if getattr(policy.config, "squash", False):
         latent = latent.tanh()
     final_clip = getattr(policy.config, "final_clip", None)

@@ -346,3 +346,15 @@ def test_gymnasiums_flatten_wrapper_agrees_with_what_is_loaded():
     sample = space.sample()
     batch = {key: value[None] for key, value in sample.items()}
     np.testing.assert_array_equal(demos._flatten_steps(space, batch)[0], gym.spaces.flatten(space, sample))
+
+
+def test_a_chunk_that_begins_in_the_past_repeats_the_first_action_before_the_episode() -> None:
+    actions = np.arange(4, dtype=np.float32)[:, None]
+    windows = WindowDataset(
+        [Episode(np.zeros((5, 2), np.float32), actions, np.zeros(4, np.float32), True, False)],
+        history=2,
+        chunk=4,
+        past=1,
+    )
+    expected = [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 3], [2, 3, 3, 3]]
+    assert windows.batch(torch.arange(4)).action.squeeze(2).tolist() == expected

@@ -171,7 +171,7 @@ def test_the_gradient_at_the_old_policy_is_the_policy_gradient(make_trainer, kin
     law = policy.transition(batch.obs[rows], batch.chain[rows, steps], steps)
     factors = getattr(law, "base_dist", law).log_prob(batch.chain[rows, steps + 1])
     if factors.dim() > 1:
-        factors = factors[:, : policy.config.executed].flatten(1)
+        factors = factors[:, policy.config.executed_part].flatten(1)
         factors = factors.sum(1) if reduction == "sum" else factors.mean(1)
     weight = batch.advantages[rows, steps] * inner_discount(policy.num_steps, 0.9)[steps]
     reinforce = torch.autograd.grad(-(weight * factors).mean(), parameters)
@@ -604,7 +604,7 @@ def test_a_step_of_vpg_is_one_step_of_adam_on_the_policy_gradient(small_policy, 
     trainer.update_rule.update(batch, progress=0.0, iteration=0)
     pairs = all_pairs(batch)
     factors = log_prob_factors(before.transition(pairs.obs, pairs.latent, pairs.step), pairs.following)
-    log_prob = factors if factors.dim() == 1 else factors[:, : policy.config.executed].flatten(1).sum(1)
+    log_prob = factors if factors.dim() == 1 else factors[:, policy.config.executed_part].flatten(1).sum(1)
     weights_of_pairs = pairs.advantages * inner_discount(policy.num_steps, 0.9)[pairs.step]
     optimizer = torch.optim.Adam([p for p in before.parameters() if p.requires_grad], 0.01)
     (-(weights_of_pairs * log_prob).mean()).backward()

@@ -74,7 +74,7 @@ def test_the_gradient_is_the_policy_gradient(make_trainer, kind):
     found = rule._gradient(rule.weighted(batch))
     pairs = batch.pairs(torch.arange(len(batch) * batch.num_steps))
     factors = log_prob_factors(trainer.policy.transition(pairs.obs, pairs.latent, pairs.step), pairs.following)
-    log_prob = factors if factors.dim() == 1 else factors[:, : trainer.policy.config.executed].flatten(1).sum(1)
+    log_prob = factors if factors.dim() == 1 else factors[:, trainer.policy.config.executed_part].flatten(1).sum(1)
     weights = pairs.advantages * inner_discount(trainer.policy.num_steps, 0.9)[pairs.step]
     expected = rule.parameters.gradient((weights * log_prob).sum() / len(batch))
     assert found.abs().max() > 1e-3

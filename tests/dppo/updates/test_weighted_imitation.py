@@ -62,8 +62,8 @@ def test_what_is_imitated_is_the_action_that_was_sampled(small_policy, squash):
             policy.fit_actions(torch.tensor([-1.0, -3.0]), torch.tensor([1.0, 2.0]))
         sample = policy.sample(torch.zeros(20, policy.config.history, 2), generator=torch.Generator().manual_seed(0))
         chunk = policy.chunk_of(sample.chain[:, -1])
-        executed = policy.config.executed_chunk
-        torch.testing.assert_close(chunk if policy.discrete else chunk[:, :executed], sample.action)
+        executed = policy.config.executed_part
+        torch.testing.assert_close(chunk if policy.discrete else chunk[:, executed], sample.action)
         assert policy.discrete or chunk.shape[1] == policy.config.chunk
 
 
