@@ -129,13 +129,14 @@ class GaussianExplorer(Explorer):
         self._normalize, self._network = policy.obs_scaler.prepared(), policy.network.plain()
         self._scale, self._shift = policy.action_scaler.scale, policy.action_scaler.shift
         self._unscaled = bool((self._scale == 1).all() and (self._shift == 0).all())
-        self._shape, self._executed = policy.latent_shape, policy.config.executed_chunk
+        self._shape, self._executed = policy.latent_shape, policy.config.executed_part
+        self._whole = policy.config.executed_chunk == policy.config.chunk
         self._std = policy._std(policy.raw_std)  # [Tp, Da]
 
     def draw(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         mean = self._network(self._normalize(obs).flatten(1)).view(-1, *self._shape)
         latent = torch.addcmul(mean, self._std, noise)
-        executed = latent if self._executed == self._shape[0] else latent[:, : self._executed]
+        executed = latent if self._whole else latent[:, self._executed]
         return executed if self._unscaled else executed * self._scale + self._shift, (mean, latent)
 
     def record(self, calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
