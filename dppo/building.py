@@ -19,7 +19,7 @@ from dppo.estimators import AdvantageConfig
 from dppo.task import Task
 from dppo.updates.config import UpdateConfig
 from dppo.updates.rules import CONFIGS
-from policies import DiffusionPolicy, Policy, UserError
+from policies import DiffusionPolicy, ODEPolicy, Policy, UserError
 from policies.config import config_from_dict, near_misses
 from policies.samplers import Sampler
 
@@ -202,6 +202,7 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
 
     The policy's settings are the checkpoint's, too, but for two kinds: adjustable ones that the configuration sets to
     something else than their default, and the number of fine-tuned steps, which a pretrained policy does not have yet.
+    The user may name the probability flow of a diffusion checkpoint in place of its chain.
 
     Args:
         config: the composed configuration.
@@ -219,6 +220,8 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
     policy, trained_for = load_policy(directory)
     if trained_for is not None and not any(key.split(".")[0] == "task" for key in overridden):
         task = trained_for
+    if config["policy"]["type"] == ODEPolicy.type and isinstance(policy, DiffusionPolicy):
+        policy = ODEPolicy.from_diffusion(policy)
     if config["policy"]["type"] != policy.type:
         raise UserError(
             f"{directory} holds a {policy.type} policy, not a {config['policy']['type']} one; leave policy=... out, or "

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from policies.chain import DiffusionPolicy
     from policies.gaussian import GaussianPolicy
     from policies.mixture import MixturePolicy
+    from policies.ode import ODEPolicy
 
 __all__ = [
     "CategoricalPolicy",
     "DiffusionPolicy",
     "GaussianPolicy",
     "MixturePolicy",
+    "ODEPolicy",
     "Policy",
     "Sample",
     "UserError",
@@ -31,6 +33,7 @@ _HOMES = {
     "DiffusionPolicy": "policies.chain",
     "GaussianPolicy": "policies.gaussian",
     "MixturePolicy": "policies.mixture",
+    "ODEPolicy": "policies.ode",
     "Policy": "policies.base",
     "Sample": "policies.base",
     "log_prob_factors": "policies.base",

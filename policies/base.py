@@ -145,6 +145,8 @@ class Policy(nn.Module):
     Config: ClassVar[type[PolicyConfig]]
     type: ClassVar[str]
     discrete: ClassVar[bool] = False
+    compilable: ClassVar[bool] = True
+    """Whether a step on a loss of its likelihoods can be one compiled function."""
     registry: ClassVar[dict[str, type[Policy]]] = {}
 
     num_steps: int

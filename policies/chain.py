@@ -28,7 +28,7 @@ from policies.networks.denoiser import Denoiser
 from policies.networks.registry import build_denoiser
 from policies.normalization import Affine
 from policies.samplers import Kernel, Sampler
-from policies.schedules import BetaSchedule, Prediction, noise_levels, training_target
+from policies.schedules import BetaSchedule, Prediction, denoising_exercise, noise_levels
 
 EVALUATION_STD = 1e-3
 """Floor of the std while evaluating, at every step but the last, which adds no noise."""
@@ -278,11 +278,8 @@ class DiffusionPolicy(Policy, type="diffusion"):
         Besides, its `Denoiser.draw_dropout`.
         """
         x0 = self.action_scaler.normalize(action)
-        noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-        timestep = torch.randint(self.network_timesteps, (len(x0),), generator=generator, device=x0.device)
-        alpha_bar = self.alpha_bar[timestep][:, None, None]
-        latent = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
-        target = training_target(self.config.prediction, x0, noise, alpha_bar)
+        served = self.alpha_bar[: self.network_timesteps]
+        latent, timestep, target = denoising_exercise(x0, served, self.config.prediction, generator)
         return obs, latent, timestep, target, *self.network.draw_dropout(len(x0), generator)
 
     def exercise_losses(

@@ -66,3 +66,14 @@ def training_target(prediction: Prediction, x0: Tensor, noise: Tensor, alpha_bar
     if prediction == "sample":
         return x0
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+
+
+def denoising_exercise(
+    x0: Tensor, alpha_bar: Tensor, prediction: Prediction, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean samples [B, ...] at random timesteps of alpha_bar [S]: noisy ones, timesteps [B] and what to predict."""
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    timestep = torch.randint(len(alpha_bar), (len(x0),), generator=generator, device=x0.device)
+    level = alpha_bar[timestep].view(-1, *[1] * (x0.dim() - 1))
+    latent = level.sqrt() * x0 + (1 - level).sqrt() * noise
+    return latent, timestep, training_target(prediction, x0, noise, level)

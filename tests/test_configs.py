@@ -54,7 +54,7 @@ def build_everything(command: str, config: dict[str, Any]) -> None:
         return
     spaces = spaces_of(build_task(config).name)
     policy = None
-    if config["policy"]["type"] != "diffusion" and config["network"]["type"] != "mlp":
+    if not config["policy"]["type"].startswith("diffusion") and config["network"]["type"] != "mlp":
         with pytest.raises(UserError, match=f"cannot use the network type '{config['network']['type']}'"):
             build_policy(config, spaces)
     elif fits(config, spaces):
@@ -126,7 +126,7 @@ def test_every_policy_can_be_made_of_every_network_or_says_why_not(policy, netwo
 @pytest.mark.parametrize("network", options("network"))
 def test_a_network_has_its_own_settings_and_those_that_its_policy_adds(policy, network):
     config = compose_config("pretrain", [f"policy={policy}", f"network={network}"])
-    added = {"step_dim"} if policy == "diffusion" and config["network"]["type"] == "mlp" else set()
+    added = {"step_dim"} if policy.startswith("diffusion") and config["network"]["type"] == "mlp" else set()
     assert config["network"].keys() == keys("network", f"{network}.yaml") | {"type"} | added
 
 

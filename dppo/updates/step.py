@@ -11,6 +11,7 @@ from dppo.updates.compiled import CompiledStep
 from dppo.updates.gradient import GradientStep
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
+from policies import Policy, UserError
 
 Step = Callable[[Record], tuple[Rows, bool]]
 """See `GradientStep.__call__`."""
@@ -23,5 +24,7 @@ def make_step(objective: Objective[Record], optimizer: FlatAdamW, *, compile: bo
         UserError: it cannot be compiled.
     """
     if compile:
+        if isinstance(objective.module, Policy) and not objective.module.compilable:
+            raise UserError(f"steps of a {objective.module.type} policy cannot be compiled; set algo.compile=false")
         return CompiledStep(objective, optimizer)
     return GradientStep(objective, optimizer, threads=torch.get_num_threads())

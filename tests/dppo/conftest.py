@@ -125,6 +125,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "gaussian": {"history": 2, "chunk": 3, "executed": 2},
     "mixture": {"history": 2, "chunk": 3, "components": 2},
     "categorical": {},
+    "diffusion_ode": {
+        "history": 2,
+        "chunk": 3,
+        "denoising_steps": 3,
+        "prediction": "v_prediction",
+        "solver": "midpoint",
+    },
     "diffusion": {"history": 2, "chunk": 3, "executed": 2, "denoising_steps": 4, "finetuned_steps": 3},
 }
 
@@ -136,7 +143,7 @@ def small_policy() -> Callable[..., Policy]:
     def build(kind: str, seed: int = 0, **settings: Any) -> Policy:
         torch.manual_seed(seed)
         network = {"type": "mlp", "hidden_dims": [8, 8, 8]}
-        if kind == "diffusion":
+        if kind.startswith("diffusion"):
             network["step_dim"] = 4
         dims = {"obs_dim": 2, "action_dim": 3 if kind == "categorical" else 2}
         return Policy.from_config({"type": kind, **dims, "network": network, **KINDS[kind], **settings})

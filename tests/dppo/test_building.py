@@ -20,7 +20,7 @@ from dppo.configuration import compose_config, overridden_keys
 from dppo.envs.vector import space_dims
 from dppo.task import Task
 from dppo.updates.first_order_config import PPOConfig
-from policies import DiffusionPolicy, Policy, UserError
+from policies import DiffusionPolicy, ODEPolicy, Policy, UserError
 from policies.samplers import Sampler
 
 SMALL = ["network.hidden_dims=[8,8,8]", "policy.denoising_steps=4", "policy.finetuned_steps=2"]
@@ -168,6 +168,23 @@ def test_an_override_that_says_what_the_checkpoint_has_anyway_is_no_error(pretra
 def test_a_checkpoint_of_another_kind_than_the_one_asked_for_is_refused(pretrained):
     with pytest.raises(UserError, match=r"holds a diffusion policy, not a gaussian one"):
         start(pretrained, "policy=gaussian", policy="gaussian")
+
+
+def test_the_flow_of_a_diffusion_checkpoint_is_finetuned_if_it_is_named(pretrained):
+    policy = start(pretrained, "policy=diffusion_ode", "policy.solver=heun3", policy="diffusion_ode")
+    assert isinstance(policy, ODEPolicy)
+    assert (policy.config.solver, policy.config.chunk, policy.config.denoising_steps) == ("heun3", 3, 4)
+    weights = Policy.from_pretrained(pretrained / "policy").state_dict()
+    assert all(torch.equal(ours, weights[name]) for name, ours in policy.state_dict().items())
+
+
+def test_the_flow_of_a_finetuned_chain_is_refused_and_so_are_settings_of_its_weights(finetuned, pretrained):
+    with pytest.raises(UserError, match="fine-tuned on its last 3 steps"):
+        start(finetuned, "policy=diffusion_ode", policy="diffusion_ode")
+    with pytest.raises(UserError, match=r"policy\.chunk is fixed"):
+        start(pretrained, "policy=diffusion_ode", "policy.chunk=2", policy="diffusion_ode")
+    with pytest.raises(UserError, match="a diffusion_ode policy has no sampler"):
+        start(pretrained, "policy=diffusion_ode", "sampler=ddim", policy="diffusion_ode")
 
 
 def test_a_checkpoint_of_a_task_with_other_dimensions_is_refused_with_both(pretrained):

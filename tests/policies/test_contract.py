@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies import CategoricalPolicy, DiffusionPolicy, MixturePolicy, Policy, Sample, log_prob_factors
+from policies import CategoricalPolicy, DiffusionPolicy, MixturePolicy, ODEPolicy, Policy, Sample, log_prob_factors
 from policies.normalization import Affine, RunningStandardizer
 
 ROOT = Path(__file__).parents[2]
@@ -29,10 +29,10 @@ SEVERAL = {**CATEGORICAL, "action_dim": 5, "choices": [3, 2]}
 DIFFUSION = {"type": "diffusion", "network": RESIDUAL, "chunk": 3, "denoising_steps": 5}
 DDIM = {**DIFFUSION, "denoising_steps": 20, "sampler": {"steps": 5, "eta": 0.7, "evaluation_eta": 0.0}}
 LEARNED = {"steps": 5, "eta": 0.7, "evaluation_eta": 0.0, "eta_range": [0.3, 1.0]}
-UNET = {
-    **DIFFUSION,
-    "network": {"type": "unet", "down_dims": [8, 12, 16], "groups": 4, "final_groups": 2, "step_dim": 8},
-}
+UNET_NETWORK = {"type": "unet", "down_dims": [8, 12, 16], "groups": 4, "final_groups": 2, "step_dim": 8}
+UNET = {**DIFFUSION, "network": UNET_NETWORK}
+FLOW = {"type": "diffusion_ode", "network": RESIDUAL, "chunk": 2, "denoising_steps": 5, "beta_schedule": "linear"}
+FLOW |= {"beta_range": [0.01, 0.3]}  # a cosine leaves no signal, and there random weights blow a flow up
 TRANSFORMER = {**DIFFUSION, "network": {"type": "transformer", "width": 8, "layers": 2, "heads": 2}}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -88,6 +88,13 @@ CASES: dict[str, dict[str, Any]] = {
     "diffusion, DDIM, eta by state": {**DDIM, "sampler": {**LEARNED, "learned_eta": "state"}, "history": 2},
     "diffusion, last step explores": {**DIFFUSION, "exploring_steps": "last", "finetuned_steps": 3},
     "diffusion, scaled linear": {**DIFFUSION, "beta_schedule": "scaled_linear", "noise_clip": None},
+    "flow": FLOW,
+    "flow, estimated divergence": {**FLOW, "divergence": "hutchinson", "history": 2},
+    "flow, some timesteps": {**FLOW, "flow_timesteps": 3, "solver": "heun3", "solver_steps": 2},
+    "flow, predicts x0": {**FLOW, "prediction": "sample", "beta_range": [0.1, 0.3], "observation_scaling": "running"},
+    "flow, predicts v": {**FLOW, "prediction": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "executed": 1},
+    "flow of a unet": {**FLOW, "network": UNET_NETWORK, "solver": "midpoint"},
+    "flow of a transformer": {**FLOW, "network": {"type": "transformer", "width": 8, "layers": 2, "heads": 2}},
     "unet": UNET,
     "unet, K' = 1": {**UNET, "finetuned_steps": 1, "chunk": 4},
     "unet, 1 < K' < K": {**UNET, "finetuned_steps": 3, "chunk": 5},
@@ -239,7 +246,7 @@ def test_the_factors_of_a_log_likelihood_sum_to_it(policy: Policy) -> None:
     sample = policy.sample(obs := observations(policy), generator=seeded(0))
     law = policy.transition(obs, sample.chain[:, 0], torch.zeros(BATCH, dtype=torch.int64))
     factors = log_prob_factors(law, sample.chain[:, 1])
-    assert factors.shape == ((BATCH,) if isinstance(policy, MixturePolicy) else sample.chain[:, 1].shape)
+    assert factors.shape == ((BATCH,) if isinstance(policy, MixturePolicy | ODEPolicy) else sample.chain[:, 1].shape)
     torch.testing.assert_close(factors.reshape(BATCH, -1).sum(1), law.log_prob(sample.chain[:, 1]))
     torch.testing.assert_close(sample.log_prob_factors.reshape(BATCH, policy.num_steps, -1).sum(2), sample.log_prob)
 
@@ -326,11 +333,11 @@ def test_deterministic_evaluation_is_reproducible(policy: Policy) -> None:
     first = policy.sample(obs, deterministic=True, generator=seeded(5))
     assert_same_sample(policy.sample(obs, deterministic=True, generator=seeded(5)), first)
     other = policy.sample(obs, deterministic=True, generator=seeded(6))
-    starts_from_noise = isinstance(policy, DiffusionPolicy)
+    starts_from_noise = isinstance(policy, DiffusionPolicy | ODEPolicy)
     assert torch.equal(other.chain, first.chain) != starts_from_noise
 
 
-@pytest.mark.parametrize("case", [name for name, config in CASES.items() if config["type"] != "diffusion"])
+@pytest.mark.parametrize("case", [name for name, config in CASES.items() if not config["type"].startswith("diffusion")])
 def test_a_deterministic_action_needs_no_randomness(case: str) -> None:
     policy = fitted(case)
     obs = observations(policy)

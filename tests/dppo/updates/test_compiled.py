@@ -16,6 +16,7 @@ from dppo.updates.first_order_config import PPOKLConfig, PPOMaskConfig
 from dppo.updates.gradient import GradientStep
 from dppo.updates.objective import Objective, Rows, as_it_is
 from dppo.updates.optimizer import FlatAdamW
+from dppo.updates.step import make_step
 from policies import UserError
 
 Data = tuple[Tensor, Tensor]
@@ -194,3 +195,10 @@ def test_what_changes_between_updates_is_not_compiled_in(small_policy, task_of, 
     assert same == [(penalty, pytest.approx(kl, rel=1e-2, abs=1e-5)) for penalty, kl in metrics]
     for name, value in eager.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_on_a_flow_are_not_compiled_and_the_refusal_says_so(small_policy):
+    policy = small_policy("diffusion_ode")
+    optimizer = FlatAdamW(policy.parameters(), learning_rate=0.1, what="test")
+    with pytest.raises(UserError, match=r"a diffusion_ode policy cannot be compiled; set algo\.compile=false"):
+        make_step(Objective(policy, lambda pairs: (pairs.advantages,)), optimizer, compile=True)

@@ -16,6 +16,8 @@ POLICIES = {
     "gaussian, std by state": ("gaussian", {"std": "state"}),
     "mixture": ("mixture", {}),
     "categorical": ("categorical", {}),
+    "flow": ("diffusion_ode", {}),
+    "flow, estimated divergence": ("diffusion_ode", {"divergence": "hutchinson"}),
     "diffusion": ("diffusion", {}),
     "diffusion, one step": ("diffusion", {"finetuned_steps": 1}),
 }
