@@ -20,7 +20,15 @@ from torch import Tensor
 from policies.chain import DiffusionConfig, DiffusionPolicy
 from policies.config import config_from_dict
 from policies.errors import UserError
-from policies.imports.files import load_arrays, load_into, load_plain_pickle, renamed, tensors_under, without_prefix
+from policies.imports.files import (
+    load_arrays,
+    load_into,
+    load_plain_pickle,
+    referred,
+    renamed,
+    tensors_under,
+    without_prefix,
+)
 from policies.networks.mlp import ACTIVATIONS
 from policies.normalization import Affine
 from policies.samplers import Sampler
@@ -205,8 +213,6 @@ NAMES_IN_YAML = {
 }
 """Of each of `OriginalSettings`; what ``model.network`` is while pretraining, is ``model.actor`` while fine-tuning."""
 
-REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-
 
 def settings_in_yaml(content: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `OriginalSettings` from the original's YAML, read as plain data.
@@ -228,17 +234,15 @@ def settings_in_yaml(content: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _lookup(content: Mapping[str, Any], path: str, depth: int = 8) -> tuple[bool, Any]:
+def _lookup(content: Mapping[str, Any], path: str) -> tuple[bool, Any]:
     """Whether there is an entry that can be read, and its value."""
     value: Any = content
     for part in path.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return False, None
-        value = value[part]
-    if isinstance(value, str) and "${" in value:
-        reference = REFERENCE.fullmatch(value.strip())
-        return _lookup(content, reference[1], depth - 1) if reference and depth else (False, None)
-    return True, value
+        value = referred(content, value[part])
+    computed = isinstance(value, str) and "${" in value
+    return (False, None) if computed else (True, value)
 
 
 @dataclass(frozen=True)

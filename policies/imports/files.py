@@ -13,20 +13,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from policies.errors import UserError
 
 Rules = Iterable[tuple[str, str]]
 
 
-def load_plain_pickle(path: Path) -> Any:
+def load_plain_pickle(path: Path, stand_ins: Mapping[str, Any] | None = None) -> Any:
     """What torch saved, if that is nothing but tensors and plain containers; any other global is refused by its name.
+
+    Args:
+        path: of torch's own format.
+        stand_ins: something inert for each of the globals that the file may name besides: those themselves are neither
+            imported nor called.
 
     Raises:
         UserError: a file that is no such thing.
     """
+    allowed: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
     try:
-        with warnings.catch_warnings(action="ignore"):  # of other protocols than torch's own
+        with (
+            warnings.catch_warnings(action="ignore"),
+            safe_globals(allowed),
+        ):  # it warns of other protocols than its own
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: {_asked_for(error)}") from error
@@ -94,6 +104,30 @@ def load_into(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str
             needs = f"needs {wanted[name]}" if name in wanted else "has no place for it"
             raise UserError(f"{where} does not fit: for {name} the file {found}, the network {needs}")
     module.load_state_dict(dict(weights))
+
+
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def referred(root: Mapping[str, Any], value: Any, depth: int = 8) -> Any:
+    """``value`` with each ``${path.to.entry}`` in it replaced by that entry of ``root``, as OmegaConf would.
+
+    Nothing else is computed: ``${eval:...}`` and the like stay what they are, text. So does what leads nowhere, or in
+    circles.
+    """
+    if isinstance(value, Mapping):
+        return {name: referred(root, entry, depth) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [referred(root, entry, depth) for entry in value]
+    reference = REFERENCE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if reference is None or depth == 0:
+        return value
+    found: Any = root
+    for part in reference[1].split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return value
+        found = found[part]
+    return referred(root, found, depth - 1)
 
 
 def one_line(error: Exception) -> str:

@@ -1,72 +1,18 @@
 """The transformer against torch's own layers, put together as in Diffusion Policy."""
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from reference_transformer import LATENT, OBS, Reference
+from torch import Tensor
 
-from policies.networks.mlp import sinusoidal_embedding
+from policies.imports.diffusion_policy import TRANSFORMER_NAMES
+from policies.imports.files import renamed
 from policies.networks.transformer import DenoisingTransformer, DenoisingTransformerConfig, masks
 
-LATENT, OBS, TIMESTEPS = (5, 2), (3, 4), 7
+TIMESTEPS = 7
 SMALL: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2}
-
-RENAMED = [
-    (r"^pos_emb$", "action_positions"),
-    (r"^cond_pos_emb$", "memory_positions"),
-    (r"^input_emb\.", "action_embedding."),
-    (r"^cond_obs_emb\.", "obs_embedding."),
-    (r"^(encoder|decoder)\.layers\.", r"\1."),
-    (r"\.self_attn\.in_proj_", ".self_attention.attention.project."),
-    (r"\.self_attn\.out_proj\.", ".self_attention.attention.out."),
-    (r"\.multihead_attn\.in_proj_", ".cross_attention.attention.project."),
-    (r"\.multihead_attn\.out_proj\.", ".cross_attention.attention.out."),
-    (r"\.linear1\.", ".feedforward.expand."),
-    (r"\.linear2\.", ".feedforward.contract."),
-    (r"\.norm1\.", ".self_attention.norm."),
-    (r"^(encoder\.\d+)\.norm2\.", r"\1.feedforward.norm."),
-    (r"^(decoder\.\d+)\.norm2\.", r"\1.cross_attention.norm."),
-    (r"\.norm3\.", ".feedforward.norm."),
-    (r"^ln_f\.", "norm."),
-    (r"^head\.", "output."),
-]
-
-
-def renamed(name: str) -> str:
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-class Reference(nn.Module):
-    """Diffusion Policy's names, and torch's layers."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        config = DenoisingTransformerConfig(**settings)
-        width, how = config.width, {"activation": "gelu", "batch_first": True, "norm_first": True, "dropout": 0.0}
-        self.input_emb, self.cond_obs_emb = nn.Linear(LATENT[1], width), nn.Linear(OBS[1], width)
-        self.pos_emb = nn.Parameter(torch.randn(1, LATENT[0], width))
-        self.cond_pos_emb = nn.Parameter(torch.randn(1, 1 + OBS[0], width))
-        if config.condition_layers:
-            layer = nn.TransformerEncoderLayer(width, config.heads, 4 * width, **how)
-            self.encoder: nn.Module = nn.TransformerEncoder(layer, config.condition_layers, enable_nested_tensor=False)
-        else:
-            self.encoder = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
-        layer = nn.TransformerDecoderLayer(width, config.heads, 4 * width, **how)
-        self.decoder = nn.TransformerDecoder(layer, config.layers)
-        self.ln_f, self.head = nn.LayerNorm(width), nn.Linear(width, LATENT[1])
-        self.causal, self.width = config.causal, width
-
-    def forward(self, latent: Tensor, timestep: Tensor, obs: Tensor) -> Tensor:
-        step = sinusoidal_embedding(timestep, self.width)[:, None]
-        memory = self.encoder(torch.cat([step, self.cond_obs_emb(obs)], 1) + self.cond_pos_emb)
-        allowed = [[query >= key for key in range(LATENT[0])] for query in range(LATENT[0])]
-        seen = [[query >= key - 1 for key in range(1 + OBS[0])] for query in range(LATENT[0])]
-        how = {"tgt_mask": ~torch.tensor(allowed), "memory_mask": ~torch.tensor(seen)} if self.causal else {}
-        return self.head(self.ln_f(self.decoder(self.input_emb(latent) + self.pos_emb, memory, **how)))
 
 
 def transformer(seed: int = 0, **settings: Any) -> DenoisingTransformer:
@@ -93,7 +39,7 @@ def test_with_diffusion_policys_weights_it_computes_what_torchs_layers_do(condit
     with torch.no_grad():
         for weights in reference.parameters():
             weights.add_(0.2 * torch.randn(weights.shape))
-    network.load_state_dict({renamed(name): weights for name, weights in reference.state_dict().items()})
+    network.load_state_dict(renamed(reference.state_dict(), TRANSFORMER_NAMES))
     latent, timestep, obs = inputs(2 * TIMESTEPS)
     expected = reference(latent, timestep, obs.unflatten(1, OBS))
     torch.testing.assert_close(network(latent, timestep, obs), expected, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,5 @@
 """The UNet against chains of other implementations, and against its formulas written out without modules."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from policies.chain import DiffusionConfig, DiffusionPolicy
+from policies.imports import diffusion_policy, lerobot
+from policies.imports.files import renamed
 from policies.networks.unet1d import DenoisingUNet, DenoisingUNetConfig
 
 DATA = Path(__file__).parents[2] / "data" / "other_unets"
 LATENT, OBS, TIMESTEPS = (8, 2), (2, 3), 7
 
-COMMON = [
-    (r"^down_modules\.(\d+)\.2\.(?:conv\.)?", r"down.\1.resample."),
-    (r"^down_modules\.(\d+)\.(\d)\.", r"down.\1.blocks.\2."),
-    (r"^up_modules\.(\d+)\.2\.(?:conv\.)?", r"up.\1.resample."),
-    (r"^up_modules\.(\d+)\.(\d)\.", r"up.\1.blocks.\2."),
-    (r"^mid_modules\.", "middle."),
-    (r"^final_conv\.1\.", "output."),
-    (r"^final_conv\.0\.block\.0\.", "final.conv."),
-    (r"^final_conv\.0\.block\.[12]\.", "final.norm."),
-    (r"\.residual_conv\.", ".direct."),
-    (r"\.cond_encoder\.[01]\.", ".film.input."),
-]
-RENAMED = {
-    "diffusion_policy": [
-        (r"^diffusion_step_encoder\.1\.", "step_encoder.0."),
-        (r"^diffusion_step_encoder\.3\.", "step_encoder.2."),
-        (r"\.blocks\.0\.block\.0\.", ".first.conv."),
-        (r"\.blocks\.0\.block\.1\.", ".first.norm."),
-        (r"\.blocks\.1\.block\.0\.", ".second.conv."),
-        (r"\.blocks\.1\.block\.1\.", ".second.norm."),
-        *COMMON,
-    ],
-    "lerobot": [
-        (r"^diffusion_step_encoder\.1\.", "step_encoder.0."),
-        (r"^diffusion_step_encoder\.3\.", "step_encoder.2."),
-        (r"\.conv1\.block\.0\.", ".first.conv."),
-        (r"\.conv1\.block\.1\.", ".first.norm."),
-        (r"\.conv2\.block\.0\.", ".second.conv."),
-        (r"\.conv2\.block\.1\.", ".second.norm."),
-        *COMMON,
-    ],
-}
+RENAMED = {"diffusion_policy": diffusion_policy.UNET_NAMES, "lerobot": lerobot.NAMES}
 SETTINGS: dict[str, dict[str, Any]] = {
     "diffusion_policy": {"kernel_size": 5, "scale": True},
     "lerobot": {"kernel_size": 3, "scale": False},
 }
-
-
-def renamed(name: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def unet(latent: tuple[int, int] = LATENT, **settings: Any) -> DenoisingUNet:
@@ -157,7 +121,7 @@ def test_a_chain_with_another_projects_weights_ends_in_its_own_actions(project: 
     )
     policy = DiffusionPolicy(config)
     weights = {name.removeprefix("weights/"): value for name, value in arrays.items() if name.startswith("weights/")}
-    policy.network.load_state_dict({renamed(name, RENAMED[project]): value for name, value in weights.items()})
+    policy.network.load_state_dict(renamed(weights, RENAMED[project]))
     noise = torch.stack([start, *added, torch.zeros_like(start)], dim=1)
     sample = policy.sample(obs, deterministic=True, noise=noise)
     torch.testing.assert_close(sample.action, chunk, rtol=1e-4, atol=1e-5)
