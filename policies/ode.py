@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torchdiffeq import odeint
 
 from policies.base import Policy, PolicyConfig, Sample
 from policies.chain import DiffusionPolicy
@@ -259,7 +258,7 @@ class FlowLaw(Distribution):
         def moved(level: Tensor, latent: Tensor) -> Tensor:
             return derivative(float(level), latent)
 
-        way = odeint(moved, noise, self._grid.flip(0), method=self._solver, options=STEP_OVER)
+        way = _odeint()(moved, noise, self._grid.flip(0), method=self._solver, options=STEP_OVER)
         assert isinstance(way, Tensor)
         return way[-1]
 
@@ -278,7 +277,7 @@ class FlowLaw(Distribution):
                 return _with_divergence(derivative, float(level), state[0], probes, learning=learning)
 
             start = value, value.new_zeros(len(value))
-            latents, divergences = odeint(moved, start, self._grid, method=self._solver, options=STEP_OVER)
+            latents, divergences = _odeint()(moved, start, self._grid, method=self._solver, options=STEP_OVER)
             noise = latents[-1]
             density = -0.5 * (noise.square() + math.log(2 * math.pi)).flatten(1).sum(1)
             return noise, density + divergences[-1]
@@ -331,3 +330,10 @@ def _grid(levels: Tensor, steps: int) -> tuple[list[float], Tensor]:
     shares = torch.arange(steps, dtype=levels.dtype) / steps
     inner = ends[:-1, None] + shares * (ends[1:] - ends[:-1])[:, None]
     return edges.float().tolist(), torch.cat([inner.flatten(), ends[-1:]]).float()
+
+
+def _odeint() -> Callable[..., Any]:
+    """torchdiffeq's; imported when needed, since scipy comes with it."""
+    from torchdiffeq import odeint
+
+    return odeint

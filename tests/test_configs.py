@@ -279,7 +279,8 @@ def test_every_task_lists_every_setting_that_a_task_has(name):
 def test_every_policy_lists_every_setting_that_it_has(name):
     listed = set(compose_config("finetune", [f"policy={name}"])["policy"]) - {"type"}
     own = fields(Policy.registry[name].Config) - {"obs_dim", "action_dim", *PARTS}
-    fixed = {"categorical": {"executed", "choices", "masked"}, "mixture": {"executed"}}  # by the task, or at all
+    part = {"executed", "first_executed"}
+    fixed = {"categorical": {*part, "choices", "masked"}, "mixture": part}  # by the task, or at all
     assert listed == own - fixed.get(name, set())
 
 

@@ -158,7 +158,7 @@ def test_a_setting_of_another_command_is_unknown(command):
 def test_the_groups_of_a_command_are_those_of_its_defaults():
     assert groups_of("evaluate") == ["sampler"]
     assert set(groups_of("pretrain")) == {"task", "policy", "network", "sampler", "logger"}
-    assert options("policy") == ["categorical", "diffusion", "gaussian", "mixture"]
+    assert options("policy") == ["categorical", "diffusion", "diffusion_ode", "gaussian", "mixture"]
     assert (config_directory() / "finetune.yaml").is_file()
 
 

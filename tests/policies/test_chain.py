@@ -154,6 +154,7 @@ FIXED = {
     "beta_schedule": "linear",
     "chunk": 2,
     "denoising_steps": 10,
+    "first_executed": 1,
     "history": 2,
     "network": {"type": "mlp"},
     "obs_dim": 3,
