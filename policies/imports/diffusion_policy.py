@@ -29,7 +29,7 @@ from policies.imports.files import (
     without_prefix,
 )
 from policies.normalization import Affine
-from policies.samplers import scheduler_settings
+from policies.schedulers import scheduler_settings
 
 UNET, TRANSFORMER = "DiffusionUnetLowdimPolicy", "DiffusionTransformerLowdimPolicy"
 UNET_NAMES = [

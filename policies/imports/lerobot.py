@@ -21,7 +21,7 @@ from policies.errors import UserError
 from policies.imports.features import Feature, Scaling, check_finite, put_scaling
 from policies.imports.files import load_into, one_line, renamed, without_prefix
 from policies.normalization import Affine
-from policies.samplers import scheduler_settings
+from policies.schedulers import scheduler_settings
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"

@@ -5,12 +5,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from policies import UserError
-from policies.samplers import Kernel, Sampler, scheduler_settings
+from policies.samplers import Kernel, Sampler
 from policies.schedules import BetaSchedule, NoiseLevels, Prediction, noise_levels
 
 EPS = torch.finfo(torch.float32).eps
@@ -169,41 +166,3 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], complaint: st
 def test_more_steps_than_timesteps_are_refused(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Sampler(**settings).timesteps(20)
-
-
-# --- diffusers' schedulers, as data
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "complaint"),
-    [
-        ("PNDMScheduler", {}, "the noise scheduler 'PNDM' is not supported; DDPM and DDIM are"),
-        ("DDPM", {"thresholding": True}, "thresholding=True"),
-        ("DDPM", {"timestep_spacing": "trailing"}, "timestep_spacing='trailing'"),
-        ("DDPM", {"variance_type": "fixed_large"}, "variance_type='fixed_large'"),
-        ("DDPM", {"trained_betas": [0.1]}, "trained_betas"),
-        ("DDPM", {"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
-        ("DDPM", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
-        ("DDIM", {"set_alpha_to_one": False}, "set_alpha_to_one=False"),
-        ("DDIM", {"prediction_type": "flow"}, "prediction_type='flow'"),
-        ("DDIM", {"lower_order_final": True}, "has a setting lower_order_final=True, which is not known here"),
-        ("DDIM", {"steps_offset": -1}, "offset must not be negative"),
-    ],
-)
-def test_a_scheduler_for_which_there_is_no_chain_is_refused_by_the_name_of_its_setting(
-    kind: str, config: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(UserError, match=complaint):
-        scheduler_settings(kind, config, None, "there")
-
-
-@pytest.mark.parametrize("scheduler", [DDPMScheduler(50), DDIMScheduler(50, beta_schedule="scaled_linear")])
-def test_the_whole_configuration_of_a_scheduler_of_diffusers_can_be_read(scheduler: Any) -> None:
-    settings = scheduler_settings(type(scheduler).__name__, scheduler.config, None, "there")
-    assert settings["denoising_steps"] == 50
-    assert settings["beta_schedule"] == scheduler.config.beta_schedule
-    assert settings["x0_clip"] == 1.0
-    deterministic = isinstance(scheduler, DDIMScheduler)
-    assert settings["sampler"] == (
-        Sampler(50, evaluation_eta=0.0, rederive_noise=False) if deterministic else Sampler()
-    )
