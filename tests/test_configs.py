@@ -49,7 +49,8 @@ def build_everything(command: str, config: dict[str, Any]) -> None:
     if command == "compare":
         names = [field.name for field in dataclasses.fields(ComparisonConfig)]
         comparison = config_from_dict(ComparisonConfig, {name: config[name] for name in names}, "compare")
-        for run in plan(comparison, Path("nowhere")):
+        of_one_seed = dataclasses.replace(comparison, seeds=comparison.seeds[:1])  # runs differ in it alone
+        for run in plan(of_one_seed, Path("nowhere")):
             build_everything("finetune", compose_config("finetune", run.overrides))
         return
     spaces = spaces_of(build_task(config).name)
