@@ -167,7 +167,7 @@ class ODEPolicy(Policy, type="diffusion_ode"):
             law = self._law(obs.clone(), probe := self._probe(noise.clone()))
             latent = law.from_noise(noise[:, 0].clone())
             scores = law.log_prob(latent)
-        action = self.action_scaler.denormalize(latent[:, : self.config.executed_chunk])
+        action = self.action_scaler.denormalize(latent[:, self.config.executed_part])
         return Sample(action, torch.stack([probe, latent], dim=1), scores[:, None])
 
     def _probe(self, noise: Tensor) -> Tensor:
