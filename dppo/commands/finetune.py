@@ -38,6 +38,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     evaluation, interval = evaluation_settings(config)
     torch.manual_seed(config["seed"])  # of the weights of a policy from scratch
     policy, task = starting_point(config, overridden)
+    policy.metadata.pop("evaluation", None)  # of what it is no longer
     policy = policy.to(device)
     config = {**config, "task": dataclasses.asdict(task), **policy_settings(policy)}
     anchor = build_anchor(config, policy, task)
@@ -54,6 +55,8 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
             finally:
                 write_json(directory.summary_path, _summary(config, trainer, before, None))
             after, _ = evaluate_with_progress(trainer.policy, task, evaluation, "after")
+        trainer.policy.metadata["evaluation"] = after.as_dict()
+        save_checkpoint(checkpoint, trainer.policy, task, trainer.state_dict())  # again, for its model card
         videos |= _videos(config, directory, trainer.policy, task, "after")
     finally:
         trainer.close()

@@ -55,7 +55,7 @@ def test_a_directory_is_made_with_its_parents_and_a_policy_in_it_replaced(tmp_pa
     policy("categorical").save_pretrained(directory)
     policy("gaussian").save_pretrained(str(directory))
     assert Policy.from_pretrained(str(directory)).type == "gaussian"
-    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in directory.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("kind", TYPES)
