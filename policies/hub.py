@@ -54,7 +54,7 @@ def download(repository: Repository, patterns: Sequence[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with told(str(repository)):
+    with told(f"{repository} (no path that exists, so a repository on the Hugging Face Hub)"):
         folder = Path(snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(patterns)))
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(f"{repository} on the Hugging Face Hub has no {' or '.join(patterns)}")
@@ -78,31 +78,27 @@ def upload(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with told(repo_id):
+    with told(f"{repo_id} on the Hugging Face Hub"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
     return str(url)
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
-    """What goes wrong with a repository, in a line."""
+def told(what: str) -> Iterator[None]:
+    """What goes wrong with ``what``, a repository, in a line."""
     from huggingface_hub import errors
 
-    where = f"{name}: it is no path that exists, and as a repository on the Hugging Face Hub"
+    log_in = "log in with `hf auth login`"
     try:
         yield
     except errors.GatedRepoError as error:
-        raise UserError(
-            f"{name} on the Hugging Face Hub is gated: ask for access on its page, then log in with `hf auth login`"
-        ) from error
+        raise UserError(f"{what} is gated: ask for access on its page, then {log_in}") from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{where} it does not exist, or it is private: then log in with `hf auth login`") from error
+        raise UserError(f"{what} does not exist, or is private: then {log_in}") from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{name}: the repository on the Hugging Face Hub has no such revision") from error
+        raise UserError(f"{what} has no such revision") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"{where} it cannot be had: the Hub cannot be reached, and there is no copy of it here"
-        ) from error
+        raise UserError(f"{what} cannot be reached: there is no connection, and no copy of it here") from error
     except (errors.HFValidationError, OSError) as error:
-        raise UserError(f"{where} it cannot be had: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from error
