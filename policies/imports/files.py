@@ -70,10 +70,13 @@ def tensors_under(content: Any, where: str) -> dict[str, Tensor]:
     """The tensors of a flat mapping.
 
     Raises:
-        UserError: it is none, or holds something else.
+        UserError: it is none, or holds something else, or weights without entries of their own.
     """
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{where} is no mapping of names to weights")
+    for name, value in content.items():
+        if value.nbytes > value.untyped_storage().nbytes():  # strides of zero make terabytes of nothing
+            raise UserError(f"{where} does not hold all the entries that {name} is said to have")
     return {str(name): value.detach() for name, value in content.items()}
 
 

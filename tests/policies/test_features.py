@@ -9,9 +9,7 @@ TASK = [Feature("agent_pos", 2), Feature("goal", 3), Feature("environment_state"
 
 
 def found(*own: tuple[str, int], **chosen: list[str]) -> list[int] | None:
-    return places(
-        [Feature(*part) for part in own], TASK, {k.replace("_dot_", "."): v for k, v in chosen.items()}, "map"
-    )
+    return places([Feature(*part) for part in own], TASK, chosen, "map")
 
 
 def test_parts_are_found_by_their_names_in_the_policys_order() -> None:
