@@ -181,10 +181,11 @@ def _overview() -> str:
 
 
 def _command_help(command: str) -> str:
-    from dppo.configuration import config_directory, groups_of, options
+    from dppo.configuration import TASK_APART, config_directory, groups_of, options
 
     about, _ = COMMANDS[command]
-    groups = groups_of(command)
+    has_defaults = bool(groups_of(command))
+    groups = [*groups_of(command), *(["task"] if command in TASK_APART else [])]
     options_text = "[--show] [--config-dir DIR]" if groups else "[--show]"
     lines = [f"dppo {command}: {about}", "", f"usage: dppo {command} [key=value ...] {options_text}", ""]
     lines += ["examples:", *(f"  {line}" for line in _examples(command)), ""]
@@ -193,7 +194,7 @@ def _command_help(command: str) -> str:
         lines += [f"  {group}={'|'.join(options(group))}" for group in groups]
         lines += [""]
     text = (config_directory() / f"{command}.yaml").read_text()
-    text = (text.split("\n\n", 1)[-1] if groups else text).replace("???", "(required)")
+    text = (text.split("\n\n", 1)[-1] if has_defaults else text).replace("???", "(required)")
     settings = [line for line in text.splitlines() if not line.startswith("#")]
     lines += ["settings and their defaults:", *(f"  {line}" for line in settings), ""]
     lines += ["--show prints the whole configuration, with the choices' own settings, and stops."]

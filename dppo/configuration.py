@@ -46,6 +46,8 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
     if command not in TASK_APART:
         return _composed(command, overrides, extra)
     of_task = [override for override in overrides if re.match(r"\+*task[.=]", override)]
+    if of_task and not any(override.startswith("task=") for override in of_task):
+        raise UserError(f"{of_task[0]}: name the task, too: task=...")
     config = _composed(command, [override for override in overrides if override not in of_task], extra)
     return {**config, "task": _composed("finetune", of_task, extra)["task"]} if of_task else config
 
