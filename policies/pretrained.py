@@ -32,7 +32,7 @@ def save(policy: Policy, directory: Path, name: str | None = None) -> None:
     config = json.dumps(content, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
-    weights = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
+    weights = {key: tensor.contiguous() for key, tensor in policy.state_dict().items()}
     save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     (directory / CARD_NAME).write_text(model_card(policy, name or directory.name), encoding="utf-8")
 
@@ -64,20 +64,22 @@ def load(directory: Path) -> Policy:
     metadata = content.pop("metadata", {}) if isinstance(content, dict) else None
     if not isinstance(metadata, dict):
         raise UserError(f"{config_path} is not a policy configuration: it, and its metadata, must be JSON objects")
-    wanted = shapes_of(skeleton(lambda: policies.Policy.from_config(content), str(config_path)))
     unfit = f"{weights_path} is damaged or does not fit {CONFIG_NAME}"
-    try:
-        with safe_open(weights_path, "pt") as file:
-            given = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_shapes(wanted, given, unfit)
-        policy = policies.Policy.from_config(content)
-        policy.load_state_dict(load_file(weights_path))
-    except UserError:
-        raise
-    except Exception as error:  # safetensors and torch raise a family of their own kinds
-        raise UserError(f"{unfit}: {' '.join(str(error).split())[:300]}") from error
+    wanted = shapes_of(skeleton(lambda: policies.Policy.from_config(content), str(config_path)))
+    check_shapes(wanted, _shapes_in(weights_path, unfit), unfit)
+    policy = policies.Policy.from_config(content)
+    policy.load_state_dict(load_file(weights_path))
     policy.metadata = metadata
     return policy
+
+
+def _shapes_in(path: Path, unfit: str) -> dict[str, tuple[int, ...]]:
+    """Those of the weights in a file, by its header, which safetensors compares with its length."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors and the file system raise a family of their own kinds
+        raise UserError(f"{unfit}: {' '.join(str(error).split())[:300]}") from error
 
 
 def push(policy: Policy, repo_id: str, *, message: str, **options: Any) -> str:

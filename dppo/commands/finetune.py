@@ -38,7 +38,6 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     evaluation, interval = evaluation_settings(config)
     torch.manual_seed(config["seed"])  # of the weights of a policy from scratch
     policy, task = starting_point(config, overridden)
-    policy.metadata.pop("evaluation", None)  # of what it is no longer
     policy = policy.to(device)
     config = {**config, "task": dataclasses.asdict(task), **policy_settings(policy)}
     anchor = build_anchor(config, policy, task)
