@@ -145,11 +145,12 @@ def test_no_module_is_imported_because_a_repository_says_so(
     refused: Any, small_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = small_policy("gaussian")
-    policy.metadata["task"] = {"name": "point", "env_id": "antigravity:Point-v0"}
+    policy.metadata["task"] = {"name": "point", "env_id": "no_such_module:Point-v0"}
     policy.save_pretrained(tmp_path / "remote")
     monkeypatch.setattr(hub, "download", lambda repository, patterns: tmp_path / "remote")
     for command in ("finetune", "evaluate"):
         message = refused(command, "checkpoint=owner/name")
         assert (
-            "owner/name is for antigravity:Point-v0, and no module is imported because a repository says so" in message
+            "owner/name is for no_such_module:Point-v0, and no module is imported because a repository says so"
+            in message
         )
