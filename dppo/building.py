@@ -16,6 +16,8 @@ from dppo.configuration import default_settings, options
 from dppo.data.demos import Episode, WindowDataset, check_dimensions, load_episodes
 from dppo.envs.vector import Spaces, space_dims
 from dppo.estimators import AdvantageConfig
+from dppo.fitting import check_spaces, fitted
+from dppo.sources import Foreign, is_local
 from dppo.task import Task
 from dppo.updates.config import UpdateConfig
 from dppo.updates.rules import CONFIGS
@@ -33,6 +35,26 @@ Record = TypeVar("Record")
 def build_task(config: Plain) -> Task:
     """The task of a configuration."""
     return config_from_dict(Task, config["task"], "task")
+
+
+def task_for(config: Plain, checkpoint: str, trained_for: Task | None, named: bool) -> Task:
+    """The task of a configuration, if the user ``named`` it there; else that of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint says none, or comes from elsewhere and says one whose module would be imported.
+    """
+    if named:
+        return build_task(config)
+    if trained_for is None:
+        raise UserError(f"{checkpoint} does not say which task it was trained for; name it: task=...")
+    files = [default_settings("task", name) for name in options("task")]
+    known = {content.get("task", content)["env_id"] for content in files}
+    if ":" in trained_for.env_id and trained_for.env_id not in known and not is_local(checkpoint):
+        raise UserError(
+            f"{checkpoint} is for {trained_for.env_id}, and no module is imported because a repository says so; if you "
+            f"trust it, name the task yourself: task=..."
+        )
+    return trained_for
 
 
 def build_policy(config: Plain, spaces: Spaces, **changes: Any) -> Policy:
@@ -137,27 +159,6 @@ def policy_settings(policy: Policy) -> dict[str, Any]:
     return {"policy": settings, **parts}
 
 
-def check_spaces(policy: Policy, spaces: Spaces, where: str, task: str) -> None:
-    """Refuse a policy whose dimensions are not the task's, naming both."""
-    if policy.discrete != spaces.discrete:
-        kinds = ("discrete", "continuous")
-        has, needs = kinds if policy.discrete else kinds[::-1]
-        fit = "policy=categorical" if spaces.discrete else "policy=diffusion, policy=gaussian or policy=mixture"
-        raise UserError(f"the {policy.type} policy has {has} actions, but task {task} has {needs} ones; use {fit}")
-    for name in ("obs_dim", "action_dim"):
-        ours, theirs = getattr(policy.config, name), getattr(spaces, name)
-        if ours != theirs:
-            raise UserError(
-                f"{where} does not fit task {task}: its policy has {name} {ours} "
-                f"(observation {policy.config.obs_dim}, action {policy.config.action_dim}), the task has {theirs} "
-                f"(observation {spaces.obs_dim}, action {spaces.action_dim})"
-            )
-    for name in ("choices", "masked") if spaces.discrete else ():
-        ours, theirs = getattr(policy.config, name), getattr(spaces, name)
-        if ours != theirs:
-            raise UserError(f"{where} does not fit task {task}: its policy has {name} {ours}, the task {theirs}")
-
-
 def implied_choices(config: Plain, overridden: Collection[str], extra: Path | None = None) -> list[str]:
     """Overrides that follow from the checkpoint: policy, task and network, where the user named none.
 
@@ -166,7 +167,8 @@ def implied_choices(config: Plain, overridden: Collection[str], extra: Path | No
     """
     if config.get("checkpoint") in (None, SCRATCH) or "policy" not in config:
         return []
-    policy, task = load_policy(find_policy(str(config["checkpoint"]), build_task(config).name))
+    path = find_policy(str(config["checkpoint"]), build_task(config).name)
+    policy, task = load_policy(path, foreign=Foreign.of(config))
     network = policy.config.network["type"]  # type: ignore[attr-defined]
     same_network = network == config["network"]["type"]  # whose settings the checkpoint has, whatever it is called
     implied = {
@@ -216,20 +218,23 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
         if "policy.observation_scaling" in overridden:
             raise UserError("policy.observation_scaling: without demonstrations it is always running")
         return scratch_policy(config, task, overridden), task
-    directory = find_policy(str(config["checkpoint"]), task.name)
-    policy, trained_for = load_policy(directory)
-    if trained_for is not None and not any(key.split(".")[0] == "task" for key in overridden):
-        task = trained_for
+    foreign = Foreign.of(config)
+    path = find_policy(str(config["checkpoint"]), task.name)
+    policy, trained_for = load_policy(path, foreign=foreign)
+    groups = {key.split(".")[0] for key in overridden}
+    named = "task" in groups or (trained_for is None and "experiment" in groups)
+    task = task_for(config, str(config["checkpoint"]), trained_for, named)
+    policy = fitted(policy, task, str(path), foreign.map)
+    policy.metadata.pop("evaluation", None)  # of what it will no longer be
     if config["policy"]["type"] == ODEPolicy.type and isinstance(policy, DiffusionPolicy):
         policy = ODEPolicy.from_diffusion(policy)
     if config["policy"]["type"] != policy.type:
         raise UserError(
-            f"{directory} holds a {policy.type} policy, not a {config['policy']['type']} one; leave policy=... out, or "
+            f"{path} holds a {policy.type} policy, not a {config['policy']['type']} one; leave policy=... out, or "
             f"set checkpoint=scratch"
         )
-    check_spaces(policy, space_dims(task), str(directory), task.name)
     if any(key.startswith("network") for key in overridden):
-        raise UserError(f"the network is fixed by the checkpoint {directory}; it can be chosen when pretraining only")
+        raise UserError(f"the network is fixed by the checkpoint {path}; it can be chosen when pretraining only")
     if _is_other_sampler(config, policy, overridden):
         policy = with_sampler(policy, config["sampler"])
     settings, defaults = config["policy"], default_settings("policy", policy.type)["policy"]

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dppo.sources import Foreign, is_foreign, located, read_policy
 from dppo.task import Task
 from policies import Policy, UserError
-from policies.base import CONFIG_NAME
 from policies.config import config_from_dict
+from policies.pretrained import CONFIG_NAME
 
 EMBEDDED = "embedded"
 SCRATCH = "scratch"
@@ -65,11 +66,11 @@ def _save_state(directory: Path, state: Mapping[str, Any]) -> None:
 
 
 def find_policy(checkpoint: str, task_name: str | None = None) -> Path:
-    """The policy directory that ``checkpoint`` means.
+    """The policy that ``checkpoint`` means: a directory, or a file of another project.
 
     Args:
-        checkpoint: a run directory (its latest checkpoint), a checkpoint of one, a policy directory, ``embedded``, or
-            ``embedded/<task>``.
+        checkpoint: a run directory (its latest checkpoint), a checkpoint of one, a policy directory, ``embedded``,
+            ``embedded/<task>``, or any of `dppo.sources`, here or on the Hugging Face Hub.
         task_name: whose checkpoint ``embedded`` alone means.
 
     Raises:
@@ -87,12 +88,10 @@ def find_policy(checkpoint: str, task_name: str | None = None) -> Path:
                 f"with `dppo collect task={task_name}` and `dppo pretrain task={task_name}`, or set checkpoint=scratch"
             )
         return directory
-    path = Path(checkpoint).expanduser()
-    if not path.exists():
+    path = located(checkpoint)
+    if path is None:
         raise UserError(f"checkpoint {checkpoint} does not exist")
-    if not path.is_dir():
-        raise UserError(f"checkpoint {checkpoint} is a file; a checkpoint of this project is a directory")
-    if (path / CONFIG_NAME).is_file():
+    if is_foreign(path) or (path / CONFIG_NAME).is_file():
         return path
     if (path / "policy").is_dir():
         return path / "policy"
@@ -110,8 +109,10 @@ def source_of(checkpoint: str) -> Path | None:
     return None if checkpoint == SCRATCH or checkpoint.split("/")[0] == EMBEDDED else find_policy(checkpoint)
 
 
-def load_policy(directory: Path, device: str | torch.device = "cpu") -> tuple[Policy, Task | None]:
-    """The policy, and the task that it was trained for (None where the checkpoint does not say)."""
-    policy = Policy.from_pretrained(directory, device)
+def load_policy(
+    path: Path, device: str | torch.device = "cpu", foreign: Foreign | None = None
+) -> tuple[Policy, Task | None]:
+    """The policy that was found, and the task that it was trained for (None where it does not say)."""
+    policy = read_policy(path, foreign).to(device)
     task = policy.metadata.get("task")
-    return policy, None if task is None else config_from_dict(Task, task, f"the task in {directory / CONFIG_NAME}")
+    return policy, None if task is None else config_from_dict(Task, task, f"the task in {path / CONFIG_NAME}")

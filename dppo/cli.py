@@ -40,6 +40,7 @@ COMMANDS = {
         dppo finetune task=hopper                                       # from the embedded checkpoint
         dppo finetune task=hopper checkpoint=runs/pretrain-hopper-diffusion-seed0
         dppo finetune task=hopper policy=gaussian checkpoint=scratch    # plain PPO
+        dppo finetune task=hopper checkpoint=state_3000.pt foreign.settings=ft_ppo_diffusion_mlp.yaml   # the original's
         dppo finetune task=hopper policy.finetuned_steps=5 algo.learning_rate=3e-4 env_steps=5_000_000
         dppo finetune experiment=demo
         """,
@@ -53,10 +54,12 @@ COMMANDS = {
         """,
     ),
     "import": (
-        "make a policy of one that another project saved: the original DPPO",
+        "make a policy of one that another project saved: LeRobot, diffusion_policy, the original DPPO",
         """
-        dppo import state_3000.pt output=policies/hopper policy.denoising_steps=20 network.activation=relu
-        dppo import state_3000.pt output=hopper for_task=hopper normalization=normalization.npz settings=ft_ppo.yaml
+        dppo import lerobot/diffusion_pusht_keypoints output=policies/pusht
+        dppo import data/outputs/pusht/checkpoints/latest.ckpt output=policies/pusht
+        dppo import state_3000.pt output=policies/hopper task=hopper foreign.settings=ft_ppo_diffusion_mlp.yaml
+        dppo import state_3000.pt output=policies/hopper 'foreign.given={denoising_steps: 20, activation: relu}'
         """,
     ),
     "evaluate": (
@@ -64,6 +67,7 @@ COMMANDS = {
         """
         dppo evaluate checkpoint=runs/demo
         dppo evaluate checkpoint=runs/demo/checkpoints/100000 episodes=200 video=true
+        dppo evaluate checkpoint=owner/name task=hopper save_policy=true
         """,
     ),
 }
@@ -123,10 +127,8 @@ def _run(command: str, overrides: list[str]) -> int:
     from dppo.output.video import choose_gl_backend
 
     choose_gl_backend()
-    more = {"compare": {"overrides": for_runs, "extra": options.config_dir}, "import": {"extra": options.config_dir}}
-    import_module(f"dppo.commands.{MODULES.get(command, command)}").run(
-        config, overridden_keys(overrides), **more.get(command, {})
-    )
+    more = {"overrides": for_runs, "extra": options.config_dir} if command == "compare" else {}
+    import_module(f"dppo.commands.{MODULES.get(command, command)}").run(config, overridden_keys(overrides), **more)
     return 0
 
 
@@ -179,10 +181,11 @@ def _overview() -> str:
 
 
 def _command_help(command: str) -> str:
-    from dppo.configuration import config_directory, groups_of, options
+    from dppo.configuration import TASK_APART, config_directory, groups_of, options
 
     about, _ = COMMANDS[command]
-    groups = groups_of(command)
+    has_defaults = bool(groups_of(command))
+    groups = [*groups_of(command), *(["task"] if command in TASK_APART else [])]
     options_text = "[--show] [--config-dir DIR]" if groups else "[--show]"
     lines = [f"dppo {command}: {about}", "", f"usage: dppo {command} [key=value ...] {options_text}", ""]
     lines += ["examples:", *(f"  {line}" for line in _examples(command)), ""]
@@ -191,7 +194,7 @@ def _command_help(command: str) -> str:
         lines += [f"  {group}={'|'.join(options(group))}" for group in groups]
         lines += [""]
     text = (config_directory() / f"{command}.yaml").read_text()
-    text = (text.split("\n\n", 1)[-1] if groups else text).replace("???", "(required)")
+    text = (text.split("\n\n", 1)[-1] if has_defaults else text).replace("???", "(required)")
     settings = [line for line in text.splitlines() if not line.startswith("#")]
     lines += ["settings and their defaults:", *(f"  {line}" for line in settings), ""]
     lines += ["--show prints the whole configuration, with the choices' own settings, and stops."]

@@ -27,6 +27,10 @@ def config_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+TASK_APART = ("evaluate", "import")
+"""Commands that want of a task what it is, and not the policy and settings of training that its choice brings."""
+
+
 def compose_config(command: str, overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
     """The resolved configuration of a command as plain data.
 
@@ -39,6 +43,16 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
         UserError: an override that is malformed, names something unknown, or gives a setting of the command itself a
             value of another type than its default's. (The settings of groups are checked by whoever takes them.)
     """
+    if command not in TASK_APART:
+        return _composed(command, overrides, extra)
+    of_task = [override for override in overrides if re.match(r"\+*task[.=]", override)]
+    if of_task and not any(override.startswith("task=") for override in of_task):
+        raise UserError(f"{of_task[0]}: name the task, too: task=...")
+    config = _composed(command, [override for override in overrides if override not in of_task], extra)
+    return {**config, "task": _composed("finetune", of_task, extra)["task"]} if of_task else config
+
+
+def _composed(command: str, overrides: Sequence[str], extra: Path | None) -> dict[str, Any]:
     if extra is not None and not extra.is_dir():
         raise UserError(f"--config-dir {extra} is not a directory")
     search = [] if extra is None else [f"hydra.searchpath=['file://{extra.resolve()}']"]

@@ -36,6 +36,12 @@ class Task:
     action_mask: str | None = None
     """Where discrete actions are marked as valid: "info" for info["action_mask"], or a key of the observation."""
 
+    observation_parts: dict[str, int] | None = None
+    """Names and dimensions of the parts of the flattened observation, in order, which imported policies are matched to.
+    None: the keys of a Dict; any other observation is one part, "observation"."""
+    action_parts: dict[str, int] | None = None
+    """Likewise, of the action. None: it is one part, "action"."""
+
     def __post_init__(self) -> None:
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise UserError(f"task {self.name}: max_episode_steps must be at least 1, got {self.max_episode_steps}")

@@ -13,7 +13,6 @@ Ta executed chunk, Do observation dimension, Da action dimension. Axis order: ti
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,18 +21,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 import policies
+from policies import pretrained
 from policies.config import config_from_dict
 from policies.errors import UserError
 from policies.normalization import Affine, RunningStandardizer
 
 ObservationScaling = Literal["min_max", "running"]
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+LONGEST = 10_000
+"""Most observations or actions in a row."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,9 @@ class PolicyConfig:
         for name in ("obs_dim", "action_dim", "history", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("history", "chunk"):  # which need not show in the shape of any weight
+            if getattr(self, name) > LONGEST:
+                raise ValueError(f"{name} must be at most {LONGEST:,}, not {getattr(self, name):,}")
         if not 0 <= self.first_executed < self.chunk:
             raise ValueError(
                 f"first_executed must lie between 0 and chunk - 1 = {self.chunk - 1}, not {self.first_executed}"
@@ -309,38 +311,42 @@ class Policy(nn.Module):
         return self.state_dict()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) into ``directory``."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        content = {"type": self.type, **dataclasses.asdict(self.config), "metadata": self.metadata}
-        (directory / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``, into ``directory``."""
+        pretrained.save(self, Path(directory))
 
     @staticmethod
-    def from_pretrained(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> Policy:
+    def from_pretrained(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Policy:
         """Load what `save_pretrained` wrote; no file content is executed.
 
+        Args:
+            source: a directory, or a repository on the Hugging Face Hub: ``owner/name`` or ``owner/name@revision``.
+            device: where the policy is to be.
+
         Raises:
-            UserError: a file that is missing, cut short, or does not fit the configuration.
+            UserError: a file that is missing, cut short, or does not fit the configuration; a repository that is not
+                there or may not be read.
         """
-        directory = Path(directory)
-        config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-        for path in (config_path, weights_path):
-            if not path.is_file():
-                raise UserError(f"{directory} is not a policy checkpoint: it has no {path.name}")
-        try:
-            content = json.loads(config_path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{config_path} is not valid JSON: {error}") from error
-        metadata = content.pop("metadata", {}) if isinstance(content, dict) else None
-        if not isinstance(metadata, dict):
-            raise UserError(f"{config_path} is not a policy configuration: it, and its metadata, must be JSON objects")
-        policy = Policy.from_config(content)
-        try:
-            policy.load_state_dict(load_file(weights_path))
-        except Exception as error:  # safetensors and torch raise a family of their own kinds
-            detail = " ".join(str(error).split())[:300]
-            raise UserError(f"{weights_path} is damaged or does not fit {CONFIG_NAME}: {detail}") from error
-        policy.metadata = metadata
-        return policy.to(device).eval()
+        return pretrained.load(pretrained.directory_of(source)).to(device).eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str = "Upload policy",
+        token: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository on the Hugging Face Hub, made if need be; its URL.
+
+        Args:
+            repo_id: ``owner/name``.
+            private: whether a new repository is; None: as its owner chose.
+            revision: the branch; None: main.
+            message: of the commit.
+            token: None: that of ``hf auth login``, or of HF_TOKEN.
+
+        Raises:
+            UserError: it cannot be reached, or not be written to.
+        """
+        return pretrained.push(self, repo_id, private=private, revision=revision, message=message, token=token)

@@ -28,7 +28,7 @@ from policies.networks.denoiser import Denoiser
 from policies.networks.registry import build_denoiser
 from policies.normalization import Affine
 from policies.samplers import Kernel, Sampler
-from policies.schedules import BetaSchedule, Prediction, denoising_exercise, noise_levels
+from policies.schedules import BetaSchedule, Prediction, check_timesteps, denoising_exercise, noise_levels
 
 EVALUATION_STD = 1e-3
 """Floor of the std while evaluating, at every step but the last, which adds no noise."""
@@ -72,8 +72,7 @@ class DiffusionConfig(PolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.denoising_steps < 1:
-            raise ValueError(f"denoising_steps must be at least 1, not {self.denoising_steps}")
+        check_timesteps(self.denoising_steps)
         steps = len(self.sampler.timesteps(self.denoising_steps))
         if self.finetuned_steps is not None and not 1 <= self.finetuned_steps <= steps:
             what = "denoising_steps" if self.sampler.steps is None else "sampler.steps"
@@ -118,15 +117,16 @@ class DiffusionPolicy(Policy, type="diffusion"):
         """Where it is learned."""
         if config.sampler.learned_eta is not None:
             self.eta = Eta(config.sampler, config.history * config.obs_dim, config.action_dim)
-        levels = noise_levels(config.denoising_steps, config.beta_schedule, config.beta_range)
+        with torch.device("cpu"):  # also where the weights are to have no memory yet: these are numbers to compute with
+            levels = noise_levels(config.denoising_steps, config.beta_schedule, config.beta_range)
+            kernel = partial(Kernel, levels, config.prediction, config.sampler, x0_clip=config.x0_clip)
+            self.kernel = kernel(eta=None if self.eta is not None else config.sampler.eta)
+            """The steps while exploring, and as they are scored."""
+            self.evaluation_kernel = self.kernel
+            """The steps in evaluation."""
+            if self.eta is not None or config.sampler.eta != config.sampler.evaluation_eta:
+                self.evaluation_kernel = kernel(eta=config.sampler.evaluation_eta)
         self.register_buffer("alpha_bar", levels.alpha_bar, persistent=False)  # [S]
-        kernel = partial(Kernel, levels, config.prediction, config.sampler, x0_clip=config.x0_clip)
-        self.kernel = kernel(eta=None if self.eta is not None else config.sampler.eta)
-        """The steps while exploring, and as they are scored."""
-        self.evaluation_kernel = self.kernel
-        """The steps in evaluation."""
-        if self.eta is not None or config.sampler.eta != config.sampler.evaluation_eta:
-            self.evaluation_kernel = kernel(eta=config.sampler.evaluation_eta)
         self._unit_stds: list[float] = self.kernel.unit_std.tolist()
         self.exploration_std = config.exploration_std
         """The floor now, which may be annealed."""

@@ -31,9 +31,17 @@ from policies.chain import DiffusionPolicy
 from policies.errors import UserError
 from policies.networks.registry import build_denoiser
 from policies.normalization import Affine
-from policies.schedules import BetaSchedule, Prediction, denoising_exercise, noise_coefficients, noise_levels
+from policies.schedules import (
+    BetaSchedule,
+    Prediction,
+    check_timesteps,
+    denoising_exercise,
+    noise_coefficients,
+    noise_levels,
+)
 
 Solver = Literal["euler", "midpoint", "heun2", "heun3", "rk4"]
+MOST_SOLVER_STEPS = 1000
 """Of fixed steps: a row's solution then depends on no other row, and its derivative is that of what was computed."""
 
 
@@ -69,9 +77,9 @@ class ODEConfig(PolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("denoising_steps", "solver_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_timesteps(self.denoising_steps)
+        if not 1 <= self.solver_steps <= MOST_SOLVER_STEPS:
+            raise ValueError(f"solver_steps must lie between 1 and {MOST_SOLVER_STEPS}, not {self.solver_steps}")
         if not self.relu_sharpness > 0:
             raise ValueError(f"relu_sharpness must be positive, not {self.relu_sharpness}")
         if self.flow_timesteps is not None and not 2 <= self.flow_timesteps <= self.denoising_steps:
@@ -115,13 +123,14 @@ class ODEPolicy(Policy, type="diffusion_ode"):
         obs_shape = (config.history, config.obs_dim)
         self.network = build_denoiser(config.network, self.latent_shape, obs_shape, config.denoising_steps)
         _smooth(self.network, config.relu_sharpness)
-        levels = noise_levels(config.denoising_steps, config.beta_schedule, config.beta_range)
+        with torch.device("cpu"):  # also where the weights are to have no memory yet: these are numbers to compute with
+            levels = noise_levels(config.denoising_steps, config.beta_schedule, config.beta_range)
+            count = config.flow_timesteps or config.denoising_steps
+            spread = torch.linspace(0, config.denoising_steps - 1, count, dtype=torch.float64)
+            self._timesteps: list[int] = spread.round().long().tolist()
+            alpha_bar = levels.alpha_bar.double()[self._timesteps]
+            self._edges, grid = _grid((1 / alpha_bar - 1).sqrt().asinh(), config.solver_steps)
         self.register_buffer("alpha_bar", levels.alpha_bar, persistent=False)  # [S]
-        count = config.flow_timesteps or config.denoising_steps
-        spread = torch.linspace(0, config.denoising_steps - 1, count, dtype=torch.float64)
-        self._timesteps: list[int] = spread.round().long().tolist()
-        alpha_bar = levels.alpha_bar.double()[self._timesteps]
-        self._edges, grid = _grid((1 / alpha_bar - 1).sqrt().asinh(), config.solver_steps)
         self.register_buffer("grid", grid, persistent=False)
         """Levels from 0 on, between which the solver steps."""
         columns = noise_coefficients(alpha_bar, config.prediction)

@@ -15,6 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+MOST_TIMESTEPS = 100_000
+"""Far more than anybody trains on; no weight has a shape that says how many there are."""
+
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
@@ -27,6 +30,18 @@ class NoiseLevels:
     """[S]."""
     alpha_bar: Tensor
     """[S]."""
+
+
+def check_timesteps(number: int) -> None:
+    """Refuse an impossible number of denoising steps.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if number < 1:
+        raise ValueError(f"denoising_steps must be at least 1, not {number}")
+    if number > MOST_TIMESTEPS:
+        raise ValueError(f"denoising_steps must be at most {MOST_TIMESTEPS:,}, not {number:,}")
 
 
 def noise_levels(num_timesteps: int, beta_schedule: BetaSchedule, beta_range: tuple[float, float]) -> NoiseLevels:

@@ -211,7 +211,7 @@ def test_every_command_composes_without_any_choice():
     for command in COMMANDS:
         needed = {"evaluate": ["checkpoint=somewhere"], "import": ["source=somewhere", "output=elsewhere"]}
         config = compose_config(command, needed.get(command, []))
-        seeds = {"evaluate": {"seed": 100_000}, "compare": {"seeds": [0, 1, 2, 3, 4]}, "import": {"for_task": None}}
+        seeds = {"evaluate": {"seed": 100_000}, "compare": {"seeds": [0, 1, 2, 3, 4]}, "import": {"task": None}}
         assert seeds.get(command, {"seed": 0}).items() <= config.items()
 
 

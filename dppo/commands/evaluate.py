@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dppo.building import check_spaces, with_sampler
+from dppo.building import task_for, with_sampler
 from dppo.checkpoint import find_policy, load_policy
-from dppo.envs.vector import space_dims
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress
+from dppo.fitting import fitted
 from dppo.output.report import final_table
 from dppo.output.run_directory import write_json
 from dppo.output.video import record_video
 from dppo.run_setup import open_run, prepare_device
-from policies import UserError
+from dppo.sources import Foreign
 from policies.config import config_from_dict
 
 
 def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
     """Evaluate as the composed configuration of ``configs/evaluate.yaml`` says; returns what ``summary.json`` holds."""
     device = prepare_device(config)
+    foreign = Foreign.of(config)
     source = find_policy(str(config["checkpoint"]))
-    policy, task = load_policy(source, device)
-    if task is None:
-        raise UserError(f"{source} does not say which task it was trained for")
+    policy, task = load_policy(source, device, foreign)
+    task = task_for(config, str(config["checkpoint"]), task, named=config.get("task") is not None)
+    policy = fitted(policy, task, str(source), foreign.map)
     if config.get("sampler") is not None:
         policy = with_sampler(policy, config["sampler"])
-    check_spaces(policy, space_dims(task), str(source), task.name)
     settings = {name: config[name] for name in ("episodes", "num_envs", "seed")}
     evaluation = config_from_dict(EvaluationConfig, settings, "evaluate")
     directory = open_run(config, f"evaluate-{task.name}-{policy.type}", source)
@@ -35,6 +36,10 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     summary, episodes = evaluate_with_progress(policy, task, evaluation)
     seconds = time.perf_counter() - began
     paths = {"checkpoint": source, "results": directory.summary_path}
+    if config["save_policy"]:
+        policy.metadata |= {"task": dataclasses.asdict(task), "evaluation": summary.as_dict()}
+        policy.save_pretrained(directory.path / "policy")
+        paths |= {"policy": directory.path / "policy"}
     if config["video"]:
         video = record_video(policy, task, directory.videos / "evaluation.mp4", seed=evaluation.seed)
         paths |= {} if video is None else {"video": video}

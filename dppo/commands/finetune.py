@@ -54,6 +54,8 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
             finally:
                 write_json(directory.summary_path, _summary(config, trainer, before, None))
             after, _ = evaluate_with_progress(trainer.policy, task, evaluation, "after")
+        trainer.policy.metadata["evaluation"] = after.as_dict()
+        save_checkpoint(checkpoint, trainer.policy, task, trainer.state_dict())  # again, for its model card
         videos |= _videos(config, directory, trainer.policy, task, "after")
     finally:
         trainer.close()

@@ -7,29 +7,29 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dppo.building import build_task, check_spaces
-from dppo.configuration import compose_config
-from dppo.envs.vector import space_dims
-from dppo.importing import import_policy
+from dppo.building import build_task
+from dppo.checkpoint import find_policy, load_policy
+from dppo.fitting import fitted
+from dppo.sources import Foreign
 from policies import UserError
-from policies.base import CONFIG_NAME
+from policies.pretrained import CONFIG_NAME
 
 
-def run(config: Mapping[str, Any], overridden: Collection[str], *, extra: Path | None = None) -> Path:
-    """Import as the composed configuration of ``configs/import.yaml`` says; the directory that was written.
-
-    ``extra`` is the user's own directory of choices, which may hold the task.
-    """
+def run(config: Mapping[str, Any], overridden: Collection[str]) -> Path:
+    """Import as the composed configuration of ``configs/import.yaml`` says; the directory that was written."""
     output = Path(str(config["output"])).expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; output=... names a directory")
     if (output / CONFIG_NAME).exists() and not config["overwrite"]:
         raise UserError(f"{output} holds a policy already; choose another output=..., or set overwrite=true")
-    policy = import_policy(config)
-    if config["for_task"] is not None:
-        task = build_task(compose_config("finetune", [f"task={config['for_task']}"], extra))
-        check_spaces(policy, space_dims(task), str(config["source"]), task.name)
+    foreign = Foreign.of(config)
+    policy, _ = load_policy(find_policy(str(config["source"])), foreign=foreign)
+    if config.get("task") is not None:
+        task = build_task(config)
+        policy = fitted(policy, task, str(config["source"]), foreign.map)
         policy.metadata["task"] = dataclasses.asdict(task)
+    elif foreign.map:
+        raise UserError("foreign.map matches a policy to a task: name that, too, task=...")
     policy.save_pretrained(output)
     print(_told(policy, config, output))
     return output

@@ -4,6 +4,7 @@ To history, Ta executed chunk, Da action dimension, Do observation dimension.
 """
 
 import logging
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import cloudpickle
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, flatdim
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
@@ -24,6 +25,7 @@ from dppo.envs.workers.vector_env import WorkerVectorEnv
 from dppo.processors import usable_processors
 from dppo.task import Task
 from policies.errors import UserError
+from policies.features import Feature, in_words
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,10 @@ class Spaces:
     """Number of actions in each of several dimensions (MultiDiscrete, MultiBinary); None: one dimension at most."""
     masked: bool = False
     """Whether the last Da entries of an observation say which actions are valid."""
+    observation_parts: tuple[Feature, ...] = ()
+    """What the entries of an observation are, in order."""
+    action_parts: tuple[Feature, ...] = ()
+    """What those of an action are."""
 
 
 def make_env(task: Task, *, history: int, chunk: int, render_mode: str | None = None) -> ChunkEnv:
@@ -182,6 +188,23 @@ def space_dims(task: Task) -> Spaces:
             return Spaces(obs_dim, sum(counts), bounds, bounds, discrete=True, choices=choices, masked=masked)
         assert isinstance(action, Box)
         low, high = action.low[0].astype(np.float32), action.high[0].astype(np.float32)
-        return Spaces(obs_dim, low.shape[0], low, high)
+        observed = env.env.env.observation_space if isinstance(env.env, FlattenObservation) else None
+        keys = {name: flatdim(part) for name, part in observed.items()} if isinstance(observed, Dict) else None
+        return Spaces(
+            obs_dim,
+            low.shape[0],
+            low,
+            high,
+            observation_parts=_parts(task, "observation", task.observation_parts or keys, obs_dim),
+            action_parts=_parts(task, "action", task.action_parts, low.shape[0]),
+        )
     finally:
         env.close()
+
+
+def _parts(task: Task, what: str, dims: Mapping[str, int] | None, total: int) -> tuple[Feature, ...]:
+    """The parts of an observation or action of dimension ``total``; a single one is called what it is."""
+    parts = tuple(Feature(name, dim) for name, dim in (dims or {what: total}).items())
+    if sum(part.dim for part in parts) != total or min(part.dim for part in parts) < 1:
+        raise UserError(f"task {task.name}: {what}_parts {in_words(parts)} do not make up the {total} of its {what}")
+    return parts

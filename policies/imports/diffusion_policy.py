@@ -18,9 +18,8 @@ from torch import Tensor
 from policies.chain import DiffusionConfig, DiffusionPolicy
 from policies.config import config_from_dict
 from policies.errors import UserError
-from policies.imports.features import Scaling, check_finite, put_scaling
 from policies.imports.files import (
-    load_into,
+    filled,
     load_plain_pickle,
     one_line,
     referred,
@@ -28,6 +27,7 @@ from policies.imports.files import (
     tensors_under,
     without_prefix,
 )
+from policies.imports.scaling import Scaling, check_finite, put_scaling
 from policies.normalization import Affine
 from policies.schedulers import scheduler_settings
 
@@ -154,8 +154,8 @@ def import_diffusion_policy(path: Path) -> DiffusionPolicy:
         settings = _settings(policy, kind, network, path)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its configuration is not whole, or not computed: {one_line(error)}") from error
-    made = DiffusionPolicy(config_from_dict(DiffusionConfig, settings, str(path)))
-    load_into(made.network, renamed(network, UNET_NAMES if kind == UNET else TRANSFORMER_NAMES), str(path))
+    network = renamed(network, UNET_NAMES if kind == UNET else TRANSFORMER_NAMES)
+    made = filled(config_from_dict(DiffusionConfig, settings, str(path)), {"network": network}, str(path))
     assert isinstance(made.obs_scaler, Affine)
     put_scaling(made.obs_scaler, [_scaling(weights, "obs", made.config.obs_dim, path)])
     put_scaling(made.action_scaler, [_scaling(weights, "action", made.config.action_dim, path)])

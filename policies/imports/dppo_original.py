@@ -21,8 +21,8 @@ from policies.chain import DiffusionConfig, DiffusionPolicy
 from policies.config import config_from_dict
 from policies.errors import UserError
 from policies.imports.files import (
+    filled,
     load_arrays,
-    load_into,
     load_plain_pickle,
     referred,
     renamed,
@@ -140,10 +140,11 @@ def import_original(path: Path, normalization: Path, settings: OriginalSettings)
         "exploration_std": settings.exploration_std,
         "likelihood_std": settings.likelihood_std,
     }
-    policy = DiffusionPolicy(config_from_dict(DiffusionConfig, values, str(path)))
-    load_into(policy.network, shape.renamed(pretrained if finetuned is None else finetuned), str(path))
-    if policy.frozen is not None:
-        load_into(policy.frozen, shape.renamed(pretrained), str(path))
+    config = config_from_dict(DiffusionConfig, values, str(path))
+    networks = {"network": shape.renamed(pretrained if finetuned is None else finetuned)}
+    if finetuned_steps is not None and finetuned_steps < len(config.sampler.timesteps(config.denoising_steps)):
+        networks["frozen"] = shape.renamed(pretrained)
+    policy = filled(config, networks, str(path))
     if policy.eta is not None:
         policy.eta.logit.data = 2 * eta["eta_logit"]  # (1 + tanh(x)) / 2 = sigmoid(2 x)
     assert isinstance(policy.obs_scaler, Affine)
@@ -295,7 +296,7 @@ def _mlp_shape(
     network = {
         "type": "mlp",
         "hidden_dims": hidden,
-        "activation": _activation(_needed(settings.activation, "activation", path, "network")),
+        "activation": _activation(_needed(settings.activation, "activation", path)),
         "residual": residual,
         "step_dim": step_dim,
     }
@@ -323,7 +324,7 @@ def _unet_shape(
         rules += [(r"^cond_mlp\.layers\.0\.", "obs_encoder.input.")]
         rules += [(rf"^cond_mlp\.layers\.{i + 1}\.", f"obs_encoder.trunk.{i}.") for i in range(blocks + 1)]
     normalized = "final_conv.0.block.2.weight" in weights
-    groups = _needed(settings.groups, "groups", path, "network") if normalized else None
+    groups = _needed(settings.groups, "groups", path) if normalized else None
     outputs = weights["final_conv.1.weight"].shape[0]
     if outputs != action_dim:
         raise UserError(f"{path} has {outputs} action dimensions, its normalisation {action_dim}")
@@ -347,7 +348,10 @@ def _unet_shape(
 def _sampler(settings: OriginalSettings, eta: Mapping[str, Tensor], path: Path) -> Sampler:
     if settings.ddim_steps is None:
         if settings.learn_eta:
-            raise UserError(f"{path}: eta was learned, so it was sampled by DDIM; say in how many steps: sampler.steps")
+            raise UserError(
+                f"{path}: eta was learned, so it was sampled by DDIM; say in how many steps: "
+                f"foreign.given={{ddim_steps: ...}}"
+            )
         return Sampler()
     others = sorted(name for name in eta if name != "eta_logit")
     if others and settings.learn_eta:
@@ -393,9 +397,10 @@ def _agree(name: str, said: int | None, found: int, path: Path) -> None:
         raise UserError(f"{path} has {name} {found}, the settings say {said}")
 
 
-def _needed(value: Any, name: str, path: Path, group: str = "policy") -> Any:
+def _needed(value: Any, name: str, path: Path) -> Any:
     if value is None:
         raise UserError(
-            f"{path} does not say its {name}: name the original's YAML, settings=..., or set {group}.{name}=..."
+            f"{path} does not say its {name}: name the original's YAML, foreign.settings=..., or say it, "
+            f"foreign.given={{{name}: ...}}"
         )
     return value

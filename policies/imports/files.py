@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from policies.chain import DiffusionConfig, DiffusionPolicy
 from policies.errors import UserError
+from policies.skeleton import check_shapes, shapes_of, skeleton
 
 Rules = Iterable[tuple[str, str]]
 
@@ -68,10 +70,13 @@ def tensors_under(content: Any, where: str) -> dict[str, Tensor]:
     """The tensors of a flat mapping.
 
     Raises:
-        UserError: it is none, or holds something else.
+        UserError: it is none, or holds something else, or weights without entries of their own.
     """
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{where} is no mapping of names to weights")
+    for name, value in content.items():
+        if value.nbytes > value.untyped_storage().nbytes():  # strides of zero make terabytes of nothing
+            raise UserError(f"{where} does not hold all the entries that {name} is said to have")
     return {str(name): value.detach() for name, value in content.items()}
 
 
@@ -90,20 +95,20 @@ def without_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def load_into(module: torch.nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Fill a module, all of it.
+def filled(config: DiffusionConfig, networks: Mapping[str, Mapping[str, Tensor]], where: str) -> DiffusionPolicy:
+    """A policy with these weights in its ``network``, and in ``frozen`` where it has one.
 
     Raises:
-        UserError: weights that are missing, superfluous or of another shape.
+        UserError: weights that are missing, superfluous or of another shape; nothing of their size was made until then.
     """
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted(wanted.keys() | given.keys()):
-        if wanted.get(name) != given.get(name):
-            found = f"has {given[name]}" if name in given else "has none"
-            needs = f"needs {wanted[name]}" if name in wanted else "has no place for it"
-            raise UserError(f"{where} does not fit: for {name} the file {found}, the network {needs}")
-    module.load_state_dict(dict(weights))
+    bare = skeleton(lambda: DiffusionPolicy(config), where)
+    for part, weights in networks.items():
+        given = {name: tuple(value.shape) for name, value in weights.items()}
+        check_shapes(shapes_of(getattr(bare, part)), given, f"{where} does not fit")
+    policy = DiffusionPolicy(config)
+    for part, weights in networks.items():
+        getattr(policy, part).load_state_dict(dict(weights))
+    return policy
 
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")

@@ -18,8 +18,9 @@ from torch import Tensor
 from policies.chain import DiffusionConfig, DiffusionPolicy
 from policies.config import config_from_dict
 from policies.errors import UserError
-from policies.imports.features import Feature, Scaling, check_finite, put_scaling
-from policies.imports.files import load_into, one_line, renamed, without_prefix
+from policies.features import Feature
+from policies.imports.files import filled, one_line, renamed, without_prefix
+from policies.imports.scaling import Scaling, check_finite, put_scaling
 from policies.normalization import Affine
 from policies.schedulers import scheduler_settings
 
@@ -53,8 +54,10 @@ SCHEDULER = (
 
 def is_lerobot(directory: Path) -> bool:
     """Whether it looks like a policy of LeRobot's: its configuration names features."""
-    path = directory / CONFIG
-    return path.is_file() and "input_features" in _json(path)
+    try:
+        return "input_features" in _json(directory / CONFIG)
+    except UserError:
+        return False
 
 
 def import_lerobot(directory: Path) -> DiffusionPolicy:
@@ -100,8 +103,9 @@ def import_lerobot(directory: Path) -> DiffusionPolicy:
         raise UserError(
             f"{directory / CONFIG} is no whole configuration of a DiffusionPolicy: {one_line(error)}"
         ) from error
-    policy = DiffusionPolicy(config_from_dict(DiffusionConfig, values, str(directory / CONFIG)))
-    load_into(policy.network, renamed(without_prefix(weights, "diffusion.unet."), NAMES), str(directory / WEIGHTS))
+    network = renamed(without_prefix(weights, "diffusion.unet."), NAMES)
+    settings = config_from_dict(DiffusionConfig, values, str(directory / CONFIG))
+    policy = filled(settings, {"network": network}, str(directory / WEIGHTS))
     assert isinstance(policy.obs_scaler, Affine)
     scalings = _scalings(directory, config, weights, [*inputs, action])
     put_scaling(policy.obs_scaler, [scalings[feature.name] for feature in inputs])

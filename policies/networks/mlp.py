@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from policies.networks.denoiser import Denoiser
+from policies.networks.denoiser import Denoiser, Port
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -202,7 +202,7 @@ class DenoisingMLP(Denoiser):
     ) -> None:
         super().__init__()
         obs_dim = obs_shape[0] * obs_shape[1]
-        self.latent_shape = latent_shape
+        self.latent_shape, self.history = latent_shape, obs_shape[0]
         self.latent_dim = latent_shape[0] * latent_shape[1]
         dim = config.step_dim
         self.step_encoder = nn.Sequential(nn.Linear(dim, 2 * dim), nn.Mish(), nn.Linear(2 * dim, dim))
@@ -241,3 +241,13 @@ class DenoisingMLP(Denoiser):
         share = prepared.obs + prepared.steps[timestep]
         hidden = torch.addmm(share, latent.flatten(1), prepared.latent_weight)
         return prepared.trunk(hidden).view(latent.shape)
+
+    def observation_ports(self) -> list[Port]:
+        return [Port("mlp.input.weight", 1, self.latent_dim + self.steps.shape[1], self.history)]
+
+    def action_ports(self) -> list[Port]:
+        chunk, last = self.latent_shape[0], f"mlp.trunk.{len(self.mlp.trunk) - 1}"
+        return [
+            Port(name, axis, 0, chunk)
+            for name, axis in (("mlp.input.weight", 1), (f"{last}.weight", 0), (f"{last}.bias", 0))
+        ]

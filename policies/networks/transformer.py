@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from policies.networks.denoiser import Denoiser
+from policies.networks.denoiser import Denoiser, Port
 from policies.networks.dropout import RowDropout, draw_seeds
 from policies.networks.mlp import OutputLayer, sinusoidal_embedding
 
 INITIAL_STD = 0.02
 """Of all weights and position embeddings at the start, as in GPT."""
+MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class DenoisingTransformerConfig:
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"heads must divide width = {self.width}, and {self.heads} does not")
         for name, least in (("layers", 1), ("condition_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+            if not least <= getattr(self, name) <= MOST_LAYERS:
+                raise ValueError(f"{name} must lie between {least} and {MOST_LAYERS}, not {getattr(self, name)}")
         for name in ("embedding_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -231,6 +232,12 @@ class DenoisingTransformer(Denoiser):
         for positions in (self.action_positions, self.memory_positions):
             nn.init.normal_(positions, std=INITIAL_STD)
 
+    def observation_ports(self) -> list[Port]:
+        return [Port("obs_embedding.weight", 1)]
+
+    def action_ports(self) -> list[Port]:
+        return [Port("action_embedding.weight", 1), Port("output.weight", 0), Port("output.bias", 0)]
+
     def draw_dropout(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """The seeds of `RowDropout` while the network is in training mode."""
         drops = max(self.config.embedding_dropout, self.config.attention_dropout) > 0
@@ -301,5 +308,5 @@ def masks(chunk: int, history: int, config: DenoisingTransformerConfig) -> tuple
     later_action = torch.arange(chunk) > action
     first = history - 1 if config.chunk_start == "last" else 0  # the observation that belongs to the first action
     later_obs = torch.arange(-1, history) > action + first  # the step comes first, and is never too late
-    of_memory = torch.zeros(later_obs.shape).masked_fill(later_obs, -torch.inf) if later_obs.any() else None
+    of_memory = torch.zeros(later_obs.shape).masked_fill(later_obs, -torch.inf) if history - 1 > first else None
     return torch.zeros(later_action.shape).masked_fill(later_action, -torch.inf), of_memory

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from policies.networks.denoiser import Denoiser
+from policies.errors import UserError
+from policies.networks.denoiser import Denoiser, Port
 from policies.networks.mlp import ACTIVATIONS, MLP, MLPConfig, in_float32, sinusoidal_embedding
 
 
@@ -171,6 +172,7 @@ class DenoisingUNet(Denoiser):
     ) -> None:
         super().__init__()
         dim, obs_dim = config.step_dim, obs_shape[0] * obs_shape[1]
+        self.history = obs_shape[0]
         self.step_encoder = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
         self.obs_encoder = None
         if config.obs_dims is not None:
@@ -243,3 +245,16 @@ class DenoisingUNet(Denoiser):
             skip = skipped.pop()
             x = x[:, :, : skip.shape[2]]
         return self.output(self.final(x)).transpose(1, 2)
+
+    def observation_ports(self) -> list[Port]:
+        if self.obs_encoder is not None:
+            return [Port("obs_encoder.input.weight", 1, 0, self.history)]
+        films = [name for name, module in self.named_modules() if isinstance(module, FiLM)]
+        return [Port(f"{name}.input.weight", 1, self.steps.shape[1], self.history) for name in films]
+
+    def action_ports(self) -> list[Port]:
+        direct = self.down[0].blocks[0].direct
+        if isinstance(direct, nn.Identity):
+            raise UserError("a UNet whose first level is as wide as an action passes it on as it is: no other order")
+        names = ("down.0.blocks.0.first.conv.weight", "down.0.blocks.0.direct.weight")
+        return [*(Port(name, 1) for name in names), Port("output.weight", 0), Port("output.bias", 0)]

@@ -93,9 +93,35 @@ class PointEnv(gymnasium.Env[np.ndarray, Any]):
         return self._observe(), reward, False, self.steps >= self.length, {}
 
 
+class PartsEnv(gymnasium.Env[Any, Any]):
+    """Observes random parts, of the given dimensions, as a Dict or end to end; every episode has 20 steps."""
+
+    def __init__(self, parts: dict[str, int], action_dim: int, flat: bool = False) -> None:
+        self.action_space = Box(-1, 1, (action_dim,), np.float32)
+        dims = {"all": sum(parts.values())} if flat else parts
+        self.parts = gymnasium.spaces.Dict({name: Box(-1, 1, (dim,), np.float32) for name, dim in dims.items()})
+        self.observation_space = self.parts["all"] if flat else self.parts
+        self.flat = flat
+
+    def _observe(self) -> Any:
+        parts = {name: self.np_random.uniform(-1, 1, space.shape) for name, space in self.parts.items()}
+        parts = {name: value.astype(np.float32) for name, value in parts.items()}
+        return parts["all"] if self.flat else parts
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.steps += 1
+        return self._observe(), -float(np.square(action).sum()), False, self.steps >= 20, {}
+
+
 if "Counting-v0" not in gymnasium.registry:
     gymnasium.register("Counting-v0", lambda **kwargs: CountingEnv(**kwargs))
     gymnasium.register("Point-v0", lambda **kwargs: PointEnv(**kwargs))
+    gymnasium.register("Parts-v0", lambda **kwargs: PartsEnv(**kwargs))
 
 
 @pytest.fixture(autouse=True)

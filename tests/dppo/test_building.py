@@ -51,6 +51,16 @@ def start(path: Path, *overrides: str, policy: str = "diffusion") -> Any:
     return starting_point(config, overridden_keys(overrides))[0]
 
 
+# --- where it starts
+
+
+def test_the_result_of_a_checkpoint_is_not_that_of_what_becomes_of_it(pretrained):
+    policy = Policy.from_pretrained(pretrained / "policy")
+    policy.metadata["evaluation"] = {"return_mean": 1.0}
+    policy.save_pretrained(pretrained / "policy")
+    assert start(pretrained).metadata.keys() == {"task"}
+
+
 # --- samplers
 
 

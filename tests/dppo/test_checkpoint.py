@@ -144,12 +144,9 @@ def test_without_any_embedded_checkpoint_that_is_said(tmp_path, monkeypatch):
         find_policy("embedded", "hopper")
 
 
-def test_a_missing_path_a_file_and_an_empty_folder_are_each_refused(tmp_path):
-    (tmp_path / "file.pt").write_text("")
+def test_a_missing_path_and_an_empty_folder_are_each_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         find_policy(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"file.pt is a file; a checkpoint of this project is a directory"):
-        find_policy(str(tmp_path / "file.pt"))
     with pytest.raises(UserError, match=r"is neither a run .* nor a checkpoint .* nor a policy"):
         find_policy(str(tmp_path))
 

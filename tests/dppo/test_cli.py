@@ -1,3 +1,4 @@
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_the_examples_in_the_help_can_be_composed(command):
     from dppo.configuration import compose_config
 
     for example in cli._examples(command):
-        program, name, *overrides = example.split("#")[0].split(" -- ")[0].split()
+        program, name, *overrides = shlex.split(example.split(" -- ")[0], comments=True)
         assert (program, name) == ("dppo", command)
         overrides = cli.with_named_source(overrides) if command == "import" else overrides
         compose_config(command, overrides)
@@ -102,12 +103,9 @@ def test_show_prints_the_whole_configuration_and_runs_nothing(capsys, monkeypatc
         (["finetune", "task=cartpole", "policy=gaussian", "checkpoint=scratch"], "use policy=categorical"),
         (["evaluate"], "evaluate needs checkpoint=..."),
         (["import", "nowhere.pt", "output=x"], "nowhere.pt does not exist"),
-        (["import", "a.pt", "output=x", "task=hopper"], "import has no setting 'task' (did you mean for_task?)"),
-        (
-            ["import", "a.pt", "output=x", "network=unet"],
-            "import has settings network.<name>=..., no choice of network",
-        ),
-        (["evaluate", "checkpoint=runs/nowhere"], "checkpoint runs/nowhere does not exist"),
+        (["import", "a.pt", "output=x", "for_task=hopper"], "import has no setting 'for_task' (did you mean task?)"),
+        (["import", "a.pt", "output=x", "network=unet"], "import has no setting 'network'"),
+        (["evaluate", "checkpoint=./nowhere"], "checkpoint ./nowhere does not exist"),
         (["pretrain", "task=cartpole"], "build it with `dppo collect task=cartpole`"),
         (["collect", "task=cartpole", "dataset=weak"], "is not of the form namespace/name-v0"),
     ],

@@ -162,6 +162,20 @@ def test_the_groups_of_a_command_are_those_of_its_defaults():
     assert (config_directory() / "finetune.yaml").is_file()
 
 
+@pytest.mark.parametrize(
+    "needed", [["evaluate", "checkpoint=x"], ["import", "source=x", "output=y"]], ids=lambda n: n[0]
+)
+def test_some_commands_take_a_task_without_what_its_choice_means_for_training(needed):
+    command, *rest = needed
+    config = compose_config(command, [*rest, "task=cartpole", "task.max_episode_steps=7"])
+    assert (config["task"]["name"], config["task"]["max_episode_steps"]) == ("cartpole", 7)
+    assert "policy" not in config and "algo" not in config
+    assert compose_config(command, rest)["task"] is None
+    assert "unknown task 'hoper' (did you mean hopper?)" in refusal(command, *rest, "task=hoper")
+    assert "name the task, too: task=..." in refusal(command, *rest, "task.max_episode_steps=7")
+    assert "no setting 'policy'" in refusal(command, *rest, "policy=gaussian")
+
+
 def own_task(folder: Path, text: str = "env_id: Reach-v0") -> Path:
     (folder / "task").mkdir(parents=True)
     content = f"name: reach\n{text}\nenv_kwargs: {{}}\nmax_episode_steps: null\nsuccess_reward: null\ndataset: ''\n"

@@ -55,7 +55,7 @@ def test_a_directory_is_made_with_its_parents_and_a_policy_in_it_replaced(tmp_pa
     policy("categorical").save_pretrained(directory)
     policy("gaussian").save_pretrained(str(directory))
     assert Policy.from_pretrained(str(directory)).type == "gaussian"
-    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in directory.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -235,6 +235,72 @@ def test_a_configuration_without_metadata_loads(saved: Path) -> None:
     del content["metadata"]
     path.write_text(json.dumps(content))
     assert Policy.from_pretrained(saved).metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"_target_": "os.system"}, "policy 'gaussian' has no setting '_target_'"),
+        ({"network": {**NETWORK, "_target_": "os.system"}}, "network 'mlp' has no setting '_target_'"),
+        ({"type": "builtins.eval"}, "unknown policy type 'builtins.eval'"),
+        ({"type": "../../gaussian"}, "unknown policy type '../../gaussian'"),
+        ({"network": {**NETWORK, "type": "../mlp"}}, "cannot use the network type '../mlp'"),
+        ({"network": {**NETWORK, "activation": "${oc.env:HOME}"}}, "unknown activation '${oc.env:HOME}'"),
+        ({"obs_dim": "${oc.env:HOME}"}, "policy 'gaussian', obs_dim"),
+        ({"weights": "../../etc/passwd"}, "policy 'gaussian' has no setting 'weights'"),
+    ],
+    ids=str,
+)
+def test_what_would_name_code_variables_or_files_elsewhere_is_only_an_unknown_name(
+    saved: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    edit(saved, **changes)
+    assert complaint in refusal(saved)
+
+
+def test_metadata_is_kept_as_text_and_nothing_in_it_is_computed(saved: Path) -> None:
+    metadata = {"task": {"_target_": "os.system", "name": "${oc.env:HOME}"}}
+    edit(saved, metadata=metadata)
+    assert Policy.from_pretrained(saved).metadata == metadata
+
+
+TERABYTES = [
+    ("gaussian", {"obs_dim": 10**12}),
+    ("gaussian", {"obs_dim": 10**30}),
+    ("gaussian", {"obs_dim": 10**12, "observation_scaling": "running"}),
+    ("gaussian", {"action_dim": 10**12, "std": "state"}),
+    ("gaussian", {"history": 10**12}),
+    ("gaussian", {"chunk": 10**12}),
+    ("gaussian", {"network": {**NETWORK, "hidden_dims": [10**7, 10**7]}}),
+    ("mixture", {"components": 10**12}),
+    ("categorical", {"action_dim": 10**12}),
+    ("diffusion", {"denoising_steps": 10**12}),
+    ("diffusion", {"network": {**NETWORK, "step_dim": 10**12}}),
+    ("diffusion", {"network": {"type": "unet", "down_dims": [8, 2**40]}}),
+    ("diffusion", {"network": {"type": "transformer", "width": 2**30, "heads": 2}}),
+    ("diffusion", {"network": {"type": "transformer", "layers": 10**12}}),
+    ("diffusion", {"network": {"type": "transformer", "causal": True}, "chunk": 10**12}),
+    ("diffusion_ode", {"solver_steps": 10**12}),
+    ("diffusion_ode", {"denoising_steps": 10**12}),
+]
+
+
+def without_memory(layer: torch.nn.Linear) -> None:
+    """In place of what initialises a layer."""
+    assert layer.weight.is_meta
+
+
+@pytest.mark.parametrize(("kind", "changes"), TERABYTES, ids=str)
+def test_a_configuration_that_asks_for_terabytes_is_refused_before_anything_is_made(
+    tmp_path: Path, kind: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy(kind).save_pretrained(tmp_path)
+    edit(tmp_path, **changes)
+    monkeypatch.setattr("policies.pretrained.load_file", lambda path: pytest.fail("weights were read"))
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", without_memory)
+    message = refusal(tmp_path)
+    name = next(iter(changes))
+    assert any(text in message for text in (name, "the file has", "sizes that cannot be", "at most", "layers"))
 
 
 class Hostile:

@@ -89,7 +89,7 @@ def test_checkpoints_are_named_after_their_steps(pipeline):
     assert names_in(pipeline.runs["finetune"] / "checkpoints") == {"120", "240", "300"}
     assert names_in(pipeline.runs["pretrain"] / "checkpoints") == {"12"}
     for path in pipeline.runs["finetune"].glob("checkpoints/*"):
-        assert names_in(path / "policy") == {"config.json", "model.safetensors"}
+        assert names_in(path / "policy") == {"README.md", "config.json", "model.safetensors"}
         assert names_in(path / "trainer") == {"state.json", "state.safetensors"}
 
 

@@ -150,8 +150,8 @@ def test_what_is_dropped_of_the_tokens_is_the_embeddings_share_and_leaves_their_
     [
         ({"width": 10, "heads": 4}, "heads must divide width = 10, and 4 does not"),
         ({"width": 7, "heads": 1}, "width must be even and at least 4, not 7"),
-        ({"layers": 0}, "layers must be at least 1"),
-        ({"condition_layers": -1}, "condition_layers must be at least 0, not -1"),
+        ({"layers": 0}, "layers must lie between 1 and 1000, not 0"),
+        ({"condition_layers": -1}, "condition_layers must lie between 0 and 1000, not -1"),
         ({"attention_dropout": 1.0}, r"attention_dropout must lie in \[0, 1\), not 1.0"),
         ({"embedding_dropout": -0.1}, r"embedding_dropout must lie in \[0, 1\)"),
     ],

@@ -1,4 +1,4 @@
-"""What an imported policy sees and does, by the names that its project gave."""
+"""How other projects normalise observations and actions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from torch import Tensor
 
 from policies.errors import UserError
 from policies.normalization import Affine
-
-
-@dataclass(frozen=True)
-class Feature:
-    """A part of an observation, or of an action."""
-
-    name: str
-    dim: int
 
 
 @dataclass(frozen=True)
