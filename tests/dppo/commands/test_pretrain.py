@@ -102,7 +102,7 @@ def test_the_last_row_may_cover_fewer_updates(clone):
     assert [row["updates"] for row in read_metrics(run / "metrics.jsonl")] == [4, 6]
 
 
-def test_an_interrupted_cloning_keeps_what_it_learned(clone, tmp_path, monkeypatch):
+def test_an_interrupted_cloning_keeps_its_last_checkpoint(clone, tmp_path, monkeypatch):
     store()
     update = Cloner._update
 
@@ -113,8 +113,8 @@ def test_an_interrupted_cloning_keeps_what_it_learned(clone, tmp_path, monkeypat
 
     monkeypatch.setattr(Cloner, "_update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        clone("run", "policy=gaussian")
-    assert load_policy(tmp_path / "run" / "checkpoints" / "6" / "policy")[0].type == "gaussian"
+        clone("run", "policy=gaussian", "checkpoint_interval=1")
+    assert load_policy(tmp_path / "run" / "checkpoints" / "4" / "policy")[0].type == "gaussian"
     assert [row["updates"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [4]
 
 
