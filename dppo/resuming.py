@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dppo.checkpoint import TRAINER, latest_checkpoint
+from dppo.configuration import groups_of
 from dppo.output.metrics import cut_back
 from dppo.output.run_directory import RunDirectory
 from dppo.states import STATE_NAME, check_state, read_state
@@ -89,7 +90,8 @@ def resumed_run(
                 f"{', '.join(CHANGEABLE[command])}"
             )
     held.enter_context(directory.held())
-    merged = {**copy.deepcopy(dict(config)), **stored, "run": str(directory.path), "resume": None}
+    new = {key: copy.deepcopy(value) for key, value in config.items() if key not in groups_of(command)}
+    merged = {**new, **stored, "run": str(directory.path), "resume": None}  # new: settings that it has not known yet
     for key in changed:
         _copy_setting(key.split("."), config, merged)
     checkpoint = latest_checkpoint(directory.checkpoints)

@@ -121,8 +121,9 @@ class Finetuning:
         """Take up what is known: the notes of the checkpoint, and the summary of a run that had ended with it."""
         self.before = EvaluationSummary.from_dict(notes["before"])
         self.checkpoints.go_on(checkpoint, notes["best"])
-        if summary is not None and summary.get("after") is not None:
-            self.checkpoints.judge(self.trainer.env_steps, EvaluationSummary.from_dict(summary["after"]))
+        steps, summary = self.trainer.env_steps, summary or {}
+        if summary.get("after") is not None and summary["env_steps"] == steps:
+            self.checkpoints.judge(steps, EvaluationSummary.from_dict(summary["after"]))
 
     def run(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again; the summary.

@@ -103,7 +103,7 @@ def _is_open(env: gymnasium.Env) -> bool:
 
 def _state_of_layer(env: Any) -> State:
     state: State = {}
-    if not isinstance(env, gymnasium.Wrapper) and env._np_random is not None:
+    if env is env.unwrapped and env._np_random is not None:
         state[_GENERATOR] = generator_state(env._np_random)
     if _offers_state(env):
         state["own"] = env.get_state()
