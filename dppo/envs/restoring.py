@@ -51,7 +51,9 @@ def restore(env: gymnasium.Env, state: State) -> None:
     """
     layers = list(_layers(env))
     if len(layers) != len(state["layers"]):
-        raise ValueError(f"the state is of {len(state['layers'])} wrappers, but {env} has {len(layers)}")
+        raise ValueError(
+            f"the state is of an environment in {len(state['layers'])} layers, but {env} has {len(layers)}"
+        )
     for layer, of_layer in zip(layers, state["layers"], strict=True):
         _restore_layer(layer, of_layer)
 
