@@ -124,10 +124,9 @@ def test_an_interrupted_cloning_keeps_its_last_checkpoint(clone, tmp_path, monke
 
 
 GAUSSIAN = ("policy=gaussian", "network.hidden_dims=[8,8,8]")
-TRANSFORMER = (*SMALL, "network=transformer", "network.width=8", "network.heads=2", "network.attention_dropout=0.1")
 
 
-@pytest.mark.parametrize("settings", [GAUSSIAN, TRANSFORMER], ids=["gaussian", "transformer with dropout"])
+@pytest.mark.parametrize("settings", [GAUSSIAN, SMALL], ids=["gaussian", "diffusion"])
 def test_a_cloning_that_is_resumed_is_the_one_that_never_stopped(clone, tmp_path, monkeypatch, settings):
     store()
     settings = (*settings, "checkpoint_interval=1", "evaluation.interval=1", "updates=23", "batch_size=7")

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import random
 import resource
 import shutil
 import signal
@@ -392,6 +393,47 @@ def test_a_run_that_is_killed_from_outside_ends_as_one_that_is_not(tmp_path):
         command = [f"resume={run}"]
     assert main(["finetune", f"resume={run}"]) == 0
     assert outcome(run) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_change_nothing(tmp_path):
+    """Each process is killed within four seconds after it has begun to train, or to go on."""
+    rng, kills, runs = random.Random(0), 0, 0
+    diffusion = (
+        *(
+            "task=hopper",
+            "policy=diffusion",
+            "checkpoint=scratch",
+            "network.hidden_dims=[16,16,16]",
+            "env_steps=12_000",
+        ),
+        *("policy.denoising_steps=4", "policy.finetuned_steps=2", "num_envs=4", "rollout_steps=20", "algo.epochs=2"),
+        *("evaluation.episodes=2", "evaluation.interval=7", "checkpoint_interval=5", "logger=tensorboard"),
+        *("video=false", "threads=1"),
+    )
+    while kills < 50:
+        seed, runs = f"seed={runs}", runs + 1
+        assert main(["finetune", *diffusion, f"run={tmp_path / 'whole'}", "overwrite=true", seed]) == 0
+        run, command = tmp_path / f"run{runs}", [*diffusion, seed]
+        command.append(f"run={run}")
+        while kills < 50:
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-m", "dppo.cli", "finetune", *command], stdout=subprocess.PIPE, text=True
+            )
+            assert process.stdout is not None
+            next((line for line in process.stdout if line.startswith("fine-tuning")), None)
+            try:
+                process.communicate(timeout=rng.uniform(0, 4))
+                break  # it has finished
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+            kills += 1
+            print(f"kill {kills}: run {runs} had {rows_of(run)} rows")
+            command = [f"resume={run}"]
+        assert main(["finetune", f"resume={run}"]) == 0
+        assert outcome(run) == outcome(tmp_path / "whole")
+    print(f"{kills} kills in {runs} runs")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -111,6 +111,14 @@ def worker_env() -> Iterator[WorkerEnv]:
         env.close()
 
 
+def test_workers_outlive_a_sigterm_that_all_processes_get(faulty):
+    faulty.reset(seed=0)
+    for worker in faulty._workers:
+        os.kill(worker._process.pid, signal.SIGTERM)
+    obs = faulty.step(np.full(faulty.action_space.shape, SLOW, np.float32))[0]
+    assert obs.shape == (5, 1, 3)
+
+
 def deeds(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.float32).reshape(-1, 1, 1)
 
