@@ -21,6 +21,7 @@ from dppo.output.report import Progress, final_table
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.statistics import summarize
+from dppo.stopping import Stop
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from policies import Policy, UserError
@@ -137,6 +138,7 @@ def _train_expert(
 
     Raises:
         UserError: the environment steps were spent before.
+        Stopped: by a signal; what was trained is saved.
     """
     torch.manual_seed(config["seed"])
     policy = scratch_policy(config, task).to(prepare_device(config))
@@ -147,8 +149,8 @@ def _train_expert(
     reached = -np.inf
     try:
         sinks = build_sinks(config, directory, "env_steps")
-        with MetricsLogger(directory, sinks) as logger, Progress(env_steps, "env_steps") as progress:
-            while not trainer.finished and reached < target_return:
+        with Stop() as stop, MetricsLogger(directory, sinks) as logger, Progress(env_steps, "env_steps") as progress:
+            while not trainer.finished and reached < target_return and stop.asked is None:
                 row = trainer.iterate(progress.advance)
                 logger.log(row)
                 progress.update(row)
@@ -157,6 +159,7 @@ def _train_expert(
         save_checkpoint(path, policy, task, trainer.state_dict())
     finally:
         trainer.close()
+    stop.check(f"the expert is saved in {path} as it was, and nothing is recorded")
     if reached < target_return:
         raise UserError(
             f"the expert (saved in {path}) reached a return of {reached:.0f} in {trainer.env_steps:,} steps, not "

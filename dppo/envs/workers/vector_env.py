@@ -17,10 +17,11 @@ from gymnasium.vector.utils import batch_space
 
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.infos import same_step_infos
+from dppo.envs.restoring import envs_of
 from dppo.envs.seeds import seeds_of
 from dppo.envs.workers.process import WorkerProcess, end_all
 from dppo.envs.workers.records import map_records, open_memory, record_type
-from dppo.envs.workers.worker import Assignment, Failure, Reset
+from dppo.envs.workers.worker import Assignment, Failure, Reset, States, Tell
 from policies.errors import UserError
 
 
@@ -104,12 +105,26 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         infos = same_step_infos(results["step_rewards"], results["steps"], results["final_obs"], terminated | truncated)
         return results["obs"], results["reward"], terminated, truncated, infos
 
+    def get_state(self) -> dict[str, Any]:
+        """A copy of the whole state, as plain data: those of `ChunkEnv.get_state`, which see."""
+        answers = self._ask([Tell()] * len(self._workers))
+        states = {row: state for answer in answers if isinstance(answer, States) for row, state in answer.of.items()}
+        return {"envs": [states[row] for row in range(self.num_envs)]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of `get_state`, of this or another instance for the same task and sizes.
+
+        Raises:
+            ValueError: there are more or fewer environments.
+        """
+        self._ask([States(dict(enumerate(envs_of(state, self.num_envs))))] * len(self._workers))
+
     def close_extras(self, **kwargs: Any) -> None:
         """End the processes."""
         self._end()
 
-    def _ask(self, messages: Iterable[Any]) -> None:
-        """Give every worker its message, and wait until all have done what it says.
+    def _ask(self, messages: Iterable[Any]) -> list[States | None]:
+        """Give every worker its message, and wait until all have done what it says; their answers.
 
         Raises:
             ClosedEnvironmentError: the processes have been ended.
@@ -121,13 +136,16 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         try:
             for worker, message in zip(self._workers, messages, strict=True):
                 worker.send(message)
-            failures = [worker.receive() for worker in self._workers]
+            answers = [worker.receive() for worker in self._workers]
         except BaseException:  # also KeyboardInterrupt: answers that are still to come would be taken for later ones
             self.close()
             raise
-        for failure in failures:
-            if failure is not None:
-                raise _error(failure)
+        done: list[States | None] = []
+        for answer in answers:
+            if isinstance(answer, Failure):
+                raise _error(answer)
+            done.append(answer)
+        return done
 
 
 def _blocks(num_envs: int, workers: int) -> list[range]:

@@ -20,6 +20,7 @@ from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.spaces import Box
 from gymnasium.vector import SyncVectorEnv
 
+from dppo.envs.one_by_one import OneByOne
 from dppo.envs.vector import make_vector_env, sync_vector_env, worker_vector_env
 from dppo.envs.workers import process
 from dppo.envs.workers.process import WorkerProcess
@@ -108,6 +109,14 @@ def worker_env() -> Iterator[WorkerEnv]:
     yield build
     for env in built:
         env.close()
+
+
+def test_workers_outlive_a_sigterm_that_all_processes_get(faulty):
+    faulty.reset(seed=0)
+    for worker in faulty._workers:
+        os.kill(worker._process.pid, signal.SIGTERM)
+    obs = faulty.step(np.full(faulty.action_space.shape, SLOW, np.float32))[0]
+    assert obs.shape == (5, 1, 3)
 
 
 def deeds(*numbers: int) -> np.ndarray:
@@ -420,22 +429,22 @@ def test_slow_environments_get_workers(chosen):
 
 
 def test_environments_that_are_faster_than_an_exchange_share_this_process(chosen, counting_task):
-    assert chosen(counting_task, 8, threads=8) is SyncVectorEnv
+    assert chosen(counting_task, 8, threads=8) is OneByOne
 
 
 @pytest.mark.parametrize("settings", [{"threads": 1}, {"num_envs": 1, "threads": 2}])
 def test_one_processor_or_one_environment_needs_no_workers(chosen, settings):
-    assert chosen(**settings) is SyncVectorEnv
+    assert chosen(**settings) is OneByOne
 
 
 def test_an_environment_that_cannot_be_made_elsewhere_stays_in_this_process(chosen, monkeypatch, caplog):
     here = os.getpid()
     spec = EnvSpec("Bound-v0", lambda: FaultyEnv() if os.getpid() == here else fail(Mishap("bound to one process")))
     monkeypatch.setitem(gymnasium.registry, "Bound-v0", spec)
-    assert chosen(Task("bound", "Bound-v0"), threads=2) is SyncVectorEnv
+    assert chosen(Task("bound", "Bound-v0"), threads=2) is OneByOne
     assert "task bound: " in caplog.text and "bound to one process" in caplog.text
 
 
 def test_an_environment_that_fails_when_it_is_tried_out_fails_where_it_is_used(chosen, monkeypatch):
     monkeypatch.setattr(FaultyEnv, "action_space", Box(MISHAP, MISHAP, (1,), np.float32))
-    assert chosen(threads=2) is SyncVectorEnv
+    assert chosen(threads=2) is OneByOne
