@@ -71,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "adapted kl penalty": dict(kind="gaussian", task=POINT, algo=PPOKLConfig(epochs=2, learning_rate=0.01)),
     "learning rate by kl": dict(
-        kind="gaussian", task=POINT, algo=PPOConfig(epochs=2, learning_rate=0.01, desired_kl=0.001, schedule="linear")
+        kind="gaussian", task=POINT, algo=PPOConfig(epochs=2, learning_rate=0.01, desired_kl=1.0, schedule="linear")
     ),
     "cartpole": dict(
         kind="categorical", task=CARTPOLE, algo=PPOConfig(epochs=2), settings={"obs_dim": 4, "action_dim": 2}

@@ -128,7 +128,7 @@ class Block:
 
 def serve(channel_fd: int, memory: int) -> None:
     """Carry out orders until the channel is closed, be it because the process at its other end was killed."""
-    # Batch systems send it to all processes of a job. This one ends with its channel; the trainer still needs it to save.
+    # Batch systems send it to all processes of a job. This one ends with its channel: who trains still needs it.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     os.set_inheritable(channel_fd, False)  # else a process that an environment starts would keep the channel open
     channel = Connection(channel_fd)
