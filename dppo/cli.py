@@ -76,6 +76,14 @@ COMMANDS = {
         dppo evaluate checkpoint=owner/name task=hopper save_policy=true
         """,
     ),
+    "export": (
+        "hand a policy to other programs: ONNX, TorchScript, torch.export, LeRobot",
+        """
+        dppo export format=onnx checkpoint=runs/demo output=exported/hopper.onnx
+        dppo export format=torchscript checkpoint=embedded/hopper output=hopper.pt sampler=ddim sampler.steps=5
+        dppo export format=lerobot checkpoint=runs/finetune-pusht output=exported/pusht state_dim=2
+        """,
+    ),
 }
 
 MODULES = {"import": "importing"}

@@ -156,10 +156,11 @@ class Policy(nn.Module):
     network: Any
     """What is trained, but for single parameters beside it."""
 
-    def __init_subclass__(cls, type: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, type: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.type = type
-        Policy.registry[type] = cls
+        if type is not None:  # torch derives classes of its own, while it exports
+            cls.type = type
+            Policy.registry[type] = cls
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()

@@ -91,7 +91,7 @@ class MixturePolicy(Policy, type="mixture"):
         scores = law.mixture_distribution.logits
         # The Gumbel-max trick, see the categorical policy. Without noise: the mean of the likeliest component.
         component = (scores if deterministic else scores - choice.log()).argmax(1)
-        rows = torch.arange(len(obs), device=obs.device)
+        rows = torch.arange(obs.shape[0], device=obs.device)
         latent = parts.mean[rows, component]
         if not deterministic:
             latent = torch.addcmul(latent, parts.stddev[rows, component], normal.unflatten(1, self.latent_shape))

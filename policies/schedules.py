@@ -1,4 +1,4 @@
-"""Noise schedules, read off diffusers, and what a network that denoises is asked to predict.
+"""Noise schedules, those of diffusers, and what a network that denoises is asked to predict.
 
 | code | symbol (Ho et al. 2020) |
 |---|---|
@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -20,6 +22,8 @@ MOST_TIMESTEPS = 100_000
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+LARGEST_BETA = 0.999
+"""Of a cosine, whose last one would be 1."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,27 @@ def check_timesteps(number: int) -> None:
 
 
 def noise_levels(num_timesteps: int, beta_schedule: BetaSchedule, beta_range: tuple[float, float]) -> NoiseLevels:
-    """Those of a schedule; ``beta_range`` are the first and the last beta, unless it is the cosine."""
-    # diffusers takes seconds to import; only this function needs it.
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    """Those of a schedule; ``beta_range`` are the first and the last beta, unless it is the cosine.
 
+    Written out, since diffusers takes longer to import than all else that a policy needs.
+    """
+    beta = _betas(num_timesteps, beta_schedule, beta_range)
+    return NoiseLevels(beta, torch.cumprod(1 - beta, 0))
+
+
+def _betas(num_timesteps: int, beta_schedule: BetaSchedule, beta_range: tuple[float, float]) -> Tensor:
     start, end = beta_range
-    scheduler = DDPMScheduler(num_timesteps, beta_start=start, beta_end=end, beta_schedule=beta_schedule)
-    return NoiseLevels(scheduler.betas, scheduler.alphas_cumprod)
+    if beta_schedule == "linear":
+        return torch.linspace(start, end, num_timesteps)
+    if beta_schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, num_timesteps) ** 2
+    cosines = [_cosine(t / num_timesteps) for t in range(num_timesteps + 1)]
+    return torch.tensor([min(1 - after / before, LARGEST_BETA) for before, after in pairwise(cosines)])
+
+
+def _cosine(share: float) -> float:
+    """alpha_bar after that share of the timesteps (Nichol and Dhariwal 2021, eq. 17)."""
+    return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 def x0_coefficients(alpha_bar: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:

@@ -209,9 +209,14 @@ def test_what_the_user_sets_wins_over_tuning_experiment_and_policy():
 
 def test_every_command_composes_without_any_choice():
     for command in COMMANDS:
-        needed = {"evaluate": ["checkpoint=somewhere"], "import": ["source=somewhere", "output=elsewhere"]}
+        needed = {
+            "evaluate": ["checkpoint=somewhere"],
+            "export": ["format=onnx", "checkpoint=somewhere", "output=elsewhere"],
+            "import": ["source=somewhere", "output=elsewhere"],
+        }
         config = compose_config(command, needed.get(command, []))
-        seeds = {"evaluate": {"seed": 100_000}, "compare": {"seeds": [0, 1, 2, 3, 4]}, "import": {"task": None}}
+        seeds = {"evaluate": {"seed": 100_000}, "compare": {"seeds": [0, 1, 2, 3, 4]}}
+        seeds |= {"import": {"task": None}, "export": {"state_dim": None}}
         assert seeds.get(command, {"seed": 0}).items() <= config.items()
 
 

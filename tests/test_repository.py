@@ -16,7 +16,14 @@ def test_every_pinned_package_comes_from_a_registry() -> None:
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/performance.md"]
-PAGES += ["docs/dppo.md", "docs/update_rules.md", "docs/comparing.md", "docs/tutorial.md", "dppo/pretrained/README.md"]
+PAGES += [
+    "docs/dppo.md",
+    "docs/update_rules.md",
+    "docs/comparing.md",
+    "docs/tutorial.md",
+    "docs/deploy.md",
+    "dppo/pretrained/README.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 import warnings
@@ -88,6 +89,20 @@ def renamed(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
             name = re.sub(pattern, replacement, name)
         result[name] = value
     return result
+
+
+def inverted(rules: Rules) -> list[tuple[str, str]]:
+    """Rules that lead back, of those whose patterns are literal text and groups, each used once in the replacement."""
+    return [_inverted(pattern, replacement) for pattern, replacement in rules]
+
+
+def _inverted(pattern: str, replacement: str) -> tuple[str, str]:
+    groups = re.findall(r"\([^)]*\)", pattern)
+    anchor = "^" if pattern.startswith("^") else ""
+    back = re.sub(r"\\\\(\d)", lambda found: groups[int(found[1]) - 1], re.escape(replacement))
+    count = itertools.count(1)
+    forth = re.sub(r"\([^)]*\)", lambda _: f"\\{next(count)}", pattern.removeprefix("^"))
+    return anchor + back, forth.replace(r"\.", ".")
 
 
 def without_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -27,6 +27,10 @@ from policies.schedulers import scheduler_settings
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"
 STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
+UNET = "diffusion.unet."
+"""What the names of the network's weights begin with."""
+FINAL_GROUPS = 8
+"""Of the block before the output, whatever ``n_groups`` is."""
 EPS = 1e-8
 """What LeRobot adds to a standard deviation, and takes for a range of zero."""
 
@@ -94,7 +98,7 @@ def import_lerobot(directory: Path) -> DiffusionPolicy:
                 "down_dims": config["down_dims"],
                 "kernel_size": config["kernel_size"],
                 "groups": config["n_groups"],
-                "final_groups": 8,
+                "final_groups": FINAL_GROUPS,
                 "scale": config["use_film_scale_modulation"],
                 "step_dim": config["diffusion_step_embed_dim"],
             },
@@ -103,7 +107,7 @@ def import_lerobot(directory: Path) -> DiffusionPolicy:
         raise UserError(
             f"{directory / CONFIG} is no whole configuration of a DiffusionPolicy: {one_line(error)}"
         ) from error
-    network = renamed(without_prefix(weights, "diffusion.unet."), NAMES)
+    network = renamed(without_prefix(weights, UNET), NAMES)
     settings = config_from_dict(DiffusionConfig, values, str(directory / CONFIG))
     policy = filled(settings, {"network": network}, str(directory / WEIGHTS))
     assert isinstance(policy.obs_scaler, Affine)

@@ -257,7 +257,7 @@ class DenoisingTransformer(Denoiser):
         return Prepared(observed, steps, self._keys_values(observed), self._keys_values(steps[:, None]))
 
     def forward_prepared(self, latent: Tensor, timestep: int, prepared: Prepared) -> Tensor:
-        batch, drop = len(latent), RowDropout(None)
+        batch, drop = latent.shape[0], RowDropout(None)  # not len(): an export shall not take it for a constant
         if self.config.condition_layers:
             step = prepared.step_tokens[timestep].expand(batch, 1, -1)
             return self._decode(latent, self._keys_values(self._memory(step, prepared.obs_tokens, drop)), drop)

@@ -21,7 +21,7 @@ PREDICTIONS = get_args(Prediction)
 RANGES = [(1e-4, 0.02), (0.001, 0.3)]
 
 
-@pytest.mark.parametrize(("steps", "schedule"), itertools.product([1, 20, 100], get_args(BetaSchedule)))
+@pytest.mark.parametrize(("steps", "schedule"), itertools.product([1, 2, 5, 20, 100, 1000], get_args(BetaSchedule)))
 @pytest.mark.parametrize("beta_range", RANGES)
 def test_the_levels_are_those_of_diffusers_bit_for_bit(
     steps: int, schedule: BetaSchedule, beta_range: tuple[float, float]

@@ -33,6 +33,7 @@ TINY = {
         *("evaluation.episodes=4", "evaluation.num_envs=2"),
     ],
     "evaluate": ["episodes=4", "num_envs=2"],
+    "export": [],
 }
 """Settings of each command that make it short."""
 

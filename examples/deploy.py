@@ -1,0 +1,43 @@
+"""Drive a Gymnasium environment with a fine-tuned policy, chunk by chunk: ``policies`` alone, without ``dppo``.
+
+    python examples/deploy.py runs/demo/checkpoints/<env_steps>/policy
+    python examples/deploy.py dppo/pretrained/hopper --episodes 3
+
+Printed are the returns and how long an action takes. Most come out of the present chunk; of four, every fourth is the
+first of a new one, and the 95th percentile is what that costs.
+"""
+
+import argparse
+import time
+
+import gymnasium
+import numpy as np
+
+from policies import Policy
+from policies.runner import ChunkRunner, plan_with
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("policy", help="a directory with config.json and model.safetensors")
+parser.add_argument("--episodes", type=int, default=3)
+arguments = parser.parse_args()
+
+policy = Policy.from_pretrained(arguments.policy)
+task = policy.metadata["task"]
+env = gymnasium.wrappers.FlattenObservation(gymnasium.make(task["env_id"], **task["env_kwargs"]))
+if isinstance(env.action_space, gymnasium.spaces.Box):
+    env = gymnasium.wrappers.ClipAction(env)
+runner = ChunkRunner(plan_with(policy, seed=0), policy.config.history)
+seconds: list[float] = []
+for episode in range(arguments.episodes):
+    obs, _ = env.reset(seed=episode)
+    runner.reset()
+    total, over = 0.0, False
+    while not over:
+        began = time.perf_counter()
+        action = runner.act(obs)
+        seconds.append(time.perf_counter() - began)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, over = total + float(reward), terminated or truncated
+    print(f"episode {episode}: return {total:,.1f}")
+median, slow = np.percentile(seconds, [50, 95]) * 1e3
+print(f"latency per action: median {median:.3f} ms, 95th percentile {slow:.3f} ms")

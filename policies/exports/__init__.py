@@ -1,0 +1,1 @@
+"""Policies as other programs load them."""
