@@ -147,8 +147,7 @@ class Finetuning:
             except BaseException:
                 print(f"the last checkpoint is {self.checkpoints.latest}; `{self.command}` goes on from it", flush=True)
                 raise
-            finally:
-                self._write_summary(None)
+            self._write_summary(None)
             stop.check(f"all is saved, and `{self.command}` goes on")
             after = self._evaluate("after")
             videos |= {} if stop.asked else self._videos("after")

@@ -27,14 +27,8 @@ from dppo.output.metrics import read_metrics
 from dppo.trainer import Trainer
 from policies import UserError
 
-SCRATCH = (
-    "checkpoint=scratch",
-    "policy=gaussian",
-    "network.hidden_dims=[8]",
-    "critic.hidden_dims=[8]",
-    "seed=3",
-    "checkpoint_interval=2",
-)
+GAUSSIAN = ("checkpoint=scratch", "policy=gaussian", "network.hidden_dims=[8]", "seed=3", "checkpoint_interval=2")
+SCRATCH = (*GAUSSIAN, "critic.hidden_dims=[8]")
 
 
 class Killed(BaseException):
@@ -51,7 +45,8 @@ def tune(command, point, tmp_path) -> Callable[..., Path]:
     """Fine-tunes on the point task; the run directory."""
 
     def run(name: str, *overrides: str) -> Path:
-        command("finetune", *point, *SCRATCH, f"run={tmp_path / name}", *overrides)
+        start = GAUSSIAN if "advantage=group" in overrides else SCRATCH  # groups have no use for a critic
+        command("finetune", *point, *start, f"run={tmp_path / name}", *overrides)
         return tmp_path / name
 
     return run
