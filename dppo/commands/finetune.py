@@ -12,6 +12,7 @@ import torch
 from dppo.building import build_advantage, build_anchor, build_update_rule, policy_settings, starting_point
 from dppo.checkpoint import save_checkpoint, source_of
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
+from dppo.output.evidence import evidence_kept
 from dppo.output.metrics import MetricsLogger, read_metrics
 from dppo.output.plots import learning_curve
 from dppo.output.report import Progress, bar, final_table
@@ -46,7 +47,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
         name = f"finetune-{task.name}-{policy.type}-{config['algo']['type']}-seed{config['seed']}"
         directory = open_run(config, name, source_of(config["checkpoint"]))
         print(_plan(config, trainer, device), flush=True)
-        with MetricsLogger(directory, build_sinks(config, directory, "env_steps")) as logger:
+        with evidence_kept(directory), MetricsLogger(directory, build_sinks(config, directory, "env_steps")) as logger:
             before, _ = evaluate_with_progress(policy, task, evaluation, "before")
             videos = _videos(config, directory, policy, task, "before")
             try:

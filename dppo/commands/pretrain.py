@@ -15,6 +15,7 @@ from dppo.cloning import Cloner, CloningConfig
 from dppo.data.demos import WindowDataset, bounds, split_by_episode
 from dppo.envs.vector import space_dims
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
+from dppo.output.evidence import evidence_kept
 from dppo.output.metrics import MetricsLogger, read_metrics
 from dppo.output.plots import pretraining_curve
 from dppo.output.report import Progress, final_table
@@ -45,7 +46,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     config = {**config, **policy_settings(policy)}
     directory = open_run(config, f"pretrain-{task.name}-{policy.type}-seed{config['seed']}")
     print(_plan(cloner, task, str(config["dataset"] or task.dataset), device), flush=True)
-    with MetricsLogger(directory, build_sinks(config, directory, "updates")) as logger:
+    with evidence_kept(directory), MetricsLogger(directory, build_sinks(config, directory, "updates")) as logger:
         checkpoint = _train(cloner, task, directory, logger, evaluation, interval, log_interval)
     result, _ = evaluate_with_progress(cloner.averaged, task, evaluation)
     summary = {

@@ -231,7 +231,7 @@ def test_a_run_is_overwritten_only_if_that_is_asked_for(tune):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([*SCRATCH, "+task.env_kwargs.broken=2"], "environment 0: non-finite reward (nan at index"),
+        ([*SCRATCH, "+task.env_kwargs.broken=2"], "task point: 4 episodes were dropped"),
         ([*SCRATCH, "policy.chunk=9", "task.max_episode_steps=8"], "a chunk of 9 actions is longer than an episode"),
         ([*SCRATCH, "num_envs=0"], "must be at least 1"),
         ([*SCRATCH, "evaluation.episodes=0"], "evaluation needs at least one episode"),
