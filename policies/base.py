@@ -30,6 +30,7 @@ import policies
 from policies.config import config_from_dict
 from policies.errors import UserError
 from policies.normalization import Affine, RunningStandardizer
+from policies.seal import SEAL, check_seal, sealed
 
 ObservationScaling = Literal["min_max", "running"]
 CONFIG_NAME = "config.json"
@@ -309,20 +310,21 @@ class Policy(nn.Module):
         return self.state_dict()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout) into ``directory``."""
+        """Write ``config.json`` and ``model.safetensors`` (Hugging Face layout), with checksums, into ``directory``."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         content = {"type": self.type, **dataclasses.asdict(self.config), "metadata": self.metadata}
-        (directory / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        content = sealed(content, directory / WEIGHTS_NAME)
+        (directory / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
 
     @staticmethod
     def from_pretrained(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> Policy:
         """Load what `save_pretrained` wrote; no file content is executed.
 
         Raises:
-            UserError: a file that is missing, cut short, or does not fit the configuration.
+            UserError: a file that is missing, damaged, or does not fit the configuration.
         """
         directory = Path(directory)
         config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
@@ -333,6 +335,8 @@ class Policy(nn.Module):
             content = json.loads(config_path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{config_path} is not valid JSON: {error}") from error
+        seal = content.pop(SEAL, None) if isinstance(content, dict) else None
+        told = dict(content) if isinstance(content, dict) else {}
         metadata = content.pop("metadata", {}) if isinstance(content, dict) else None
         if not isinstance(metadata, dict):
             raise UserError(f"{config_path} is not a policy configuration: it, and its metadata, must be JSON objects")
@@ -342,5 +346,6 @@ class Policy(nn.Module):
         except Exception as error:  # safetensors and torch raise a family of their own kinds
             detail = " ".join(str(error).split())[:300]
             raise UserError(f"{weights_path} is damaged or does not fit {CONFIG_NAME}: {detail}") from error
+        check_seal(seal, told, config_path, weights_path)
         policy.metadata = metadata
         return policy.to(device).eval()
