@@ -16,7 +16,7 @@ from dppo.configuration import default_settings, options
 from dppo.data.demos import Episode, WindowDataset, check_dimensions, load_episodes
 from dppo.envs.vector import Spaces, space_dims
 from dppo.estimators import AdvantageConfig
-from dppo.task import Task
+from dppo.task import Task, permitted
 from dppo.updates.config import UpdateConfig
 from dppo.updates.rules import CONFIGS
 from policies import DiffusionPolicy, ODEPolicy, Policy, UserError
@@ -219,7 +219,8 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
     directory = find_policy(str(config["checkpoint"]), task.name)
     policy, trained_for = load_policy(directory)
     if trained_for is not None and not any(key.split(".")[0] == "task" for key in overridden):
-        task = trained_for
+        modules = [task.env_id.rpartition(":")[0], config["trust"]]
+        task = permitted(trained_for, str(directory), modules)
     if config["policy"]["type"] == ODEPolicy.type and isinstance(policy, DiffusionPolicy):
         policy = ODEPolicy.from_diffusion(policy)
     if config["policy"]["type"] != policy.type:

@@ -14,6 +14,7 @@ from dppo.output.report import final_table
 from dppo.output.run_directory import write_json
 from dppo.output.video import record_video
 from dppo.run_setup import open_run, prepare_device
+from dppo.task import permitted
 from policies import UserError
 from policies.config import config_from_dict
 
@@ -25,6 +26,7 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     policy, task = load_policy(source, device)
     if task is None:
         raise UserError(f"{source} does not say which task it was trained for")
+    task = permitted(task, str(source), [config["trust"]])
     if config.get("sampler") is not None:
         policy = with_sampler(policy, config["sampler"])
     check_spaces(policy, space_dims(task), str(source), task.name)
