@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,3 +176,10 @@ def anchor_state(anchor: Anchor | None) -> dict[str, Any]:
     """The policy that it holds on to, as tensors."""
     reference = getattr(anchor, "reference", None)
     return {} if reference is None else reference.policy.state_dict()
+
+
+def load_anchor_state(anchor: Anchor | None, state: Mapping[str, Any]) -> None:
+    """Let it hold on to what `anchor_state` gave."""
+    reference = getattr(anchor, "reference", None)
+    if reference is not None:
+        reference.policy.load_state_dict(state)

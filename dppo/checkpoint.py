@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
+from dppo.durable import damage, new_directory
+from dppo.states import write_state
 from dppo.task import Task
 from policies import Policy, UserError
 from policies.base import CONFIG_NAME
 from policies.config import config_from_dict
 
+log = logging.getLogger(__name__)
+
+POLICY, TRAINER = "policy", "trainer"
+"""The two folders of a checkpoint."""
 EMBEDDED = "embedded"
 SCRATCH = "scratch"
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -26,42 +29,42 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def save_checkpoint(directory: Path, policy: Policy, task: Task, trainer: Mapping[str, Any]) -> Path:
-    """Write a checkpoint under a temporary name, then rename it, so that ``directory`` is whole or absent.
+    """Write a checkpoint: see `new_directory`.
 
     Args:
         directory: ``<run>/checkpoints/<steps>``.
         policy: saved with its task as metadata.
         task: what the policy was trained for.
-        trainer: nested mappings and lists of tensors and plain values.
+        trainer: a state, see `write_state`.
+
+    Raises:
+        UserError: it cannot be written, since the disk is full or for the like of it; nothing is left of it then.
     """
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     policy.metadata["task"] = dataclasses.asdict(task)
-    policy.save_pretrained(temporary / "policy")
-    _save_state(temporary / "trainer", trainer)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+    try:
+        with new_directory(directory) as temporary:
+            policy.save_pretrained(temporary / POLICY)
+            write_state(temporary / TRAINER, trainer)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"the checkpoint {directory} could not be written: {reason}") from error
     return directory
 
 
-def _save_state(directory: Path, state: Mapping[str, Any]) -> None:
-    """Tensors to ``state.safetensors`` under their path in ``state``, all else to ``state.json``."""
-    tensors: dict[str, Tensor] = {}
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A run's checkpoints ``<steps>/``, the newest first, whole or not."""
+    found = [entry for entry in folder.glob("*") if entry.name.isdigit()]
+    return sorted(found, key=lambda entry: int(entry.name), reverse=True)
 
-    def plain(value: Any, path: str) -> Any:
-        if isinstance(value, Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
-            return {"tensor": path}
-        if isinstance(value, Mapping):
-            return {str(key): plain(item, f"{path}/{key}" if path else str(key)) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item, f"{path}/{index}") for index, item in enumerate(value)]
-        return value
 
-    content = plain(state, "")
-    directory.mkdir(parents=True)
-    save_file(tensors, directory / "state.safetensors")
-    (directory / "state.json").write_text(json.dumps(content, indent=1) + "\n")
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest of a run's checkpoints that is whole; of newer ones, a line each tells what is wrong with them."""
+    for path in checkpoints_in(folder):
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        log.warning("the checkpoint %s is passed over: %s", path, wrong)
+    return None
 
 
 def find_policy(checkpoint: str, task_name: str | None = None) -> Path:
@@ -94,15 +97,18 @@ def find_policy(checkpoint: str, task_name: str | None = None) -> Path:
         raise UserError(f"checkpoint {checkpoint} is a file; a checkpoint of this project is a directory")
     if (path / CONFIG_NAME).is_file():
         return path
-    if (path / "policy").is_dir():
-        return path / "policy"
-    finished = [entry for entry in (path / "checkpoints").glob("*") if entry.name.isdigit()]
-    if not finished:
+    if (path / POLICY).is_dir():
+        wrong = damage(path)
+        if wrong is not None:
+            raise UserError(f"the checkpoint {checkpoint} is not whole: {wrong}; use another one of its run")
+        return path / POLICY
+    latest = latest_checkpoint(path / "checkpoints")
+    if latest is None:
         raise UserError(
-            f"{checkpoint} is neither a run (no checkpoints/<steps>/ in it), nor a checkpoint (no policy/), nor a "
-            f"policy (no {CONFIG_NAME})"
+            f"{checkpoint} is neither a run (no whole checkpoints/<steps>/ in it), nor a checkpoint (no policy/), nor "
+            f"a policy (no {CONFIG_NAME})"
         )
-    return max(finished, key=lambda entry: int(entry.name)) / "policy"
+    return latest / POLICY
 
 
 def source_of(checkpoint: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import signal
 import sys
@@ -13,9 +14,12 @@ from pathlib import Path
 from textwrap import dedent
 from typing import NoReturn
 
+from dppo.stopping import Stopped
 from policies.errors import UserError
 
 USER_ERROR_STATUS = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where there is no room for a file."""
 
 COMMANDS = {
     "collect": (
@@ -32,6 +36,7 @@ COMMANDS = {
         dppo pretrain task=hopper policy=diffusion
         dppo pretrain task=hopper dataset=mujoco/hopper/medium-v0
         dppo pretrain task=hopper policy=diffusion network.hidden_dims=[512,512,512] policy.history=2
+        dppo pretrain resume=runs/pretrain-hopper-diffusion-seed0
         """,
     ),
     "finetune": (
@@ -42,6 +47,7 @@ COMMANDS = {
         dppo finetune task=hopper policy=gaussian checkpoint=scratch    # plain PPO
         dppo finetune task=hopper policy.finetuned_steps=5 algo.learning_rate=3e-4 env_steps=5_000_000
         dppo finetune experiment=demo
+        dppo finetune resume=runs/demo                                  # go on with a run that was stopped
         """,
     ),
     "compare": (
@@ -73,7 +79,7 @@ MODULES = {"import": "importing"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 after an error that the user can mend."""
+    """Run a command; returns the exit status: 0, 2 after an error that the user can mend, 128 + n after signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -81,15 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     command, overrides = arguments[0], arguments[1:]
     with suppress(ValueError):  # not the main thread: then signals are somebody else's business
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was learned is saved
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that worker processes end
     try:
         return _run(command, overrides)
     except UserError as error:
         print("error:", *str(error).split("\n"), file=sys.stderr)
         return USER_ERROR_STATUS
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"error: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
+        return USER_ERROR_STATUS
 
 
 def _run(command: str, overrides: list[str]) -> int:
@@ -113,7 +127,9 @@ def _run(command: str, overrides: list[str]) -> int:
         overrides = with_named_source(overrides)
     options, overrides = _options(command, overrides)
     config = compose_config(command, overrides, options.config_dir)
-    if implied := implied_choices(config, overridden_keys(overrides), options.config_dir):
+    going_on = config.get("resume") is not None  # and then nothing follows from what is given
+    implied = [] if going_on else implied_choices(config, overridden_keys(overrides), options.config_dir)
+    if implied:
         config = compose_config(command, [*implied, *overrides], options.config_dir)
     if options.show:
         import yaml

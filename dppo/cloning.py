@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from dppo.updates.gradient import MeanGradient
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.schedule import schedule_factor
-from policies import Policy
+from policies import Policy, UserError
 
 VALIDATION_SAMPLES = 4096
 """Windows on which the validation loss is estimated, always the same ones."""
@@ -95,6 +95,11 @@ class Cloner:
         """The exercises (see `Policy.imitation_exercise`) of the next updates."""
         self.updates = 0
         self.wall_clock_s = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are done."""
+        return self.updates >= self.config.updates
 
     @single_thread()
     def run(self, updates: int, on_update: Callable[[int], None] = lambda updates: None) -> Row:
@@ -177,12 +182,35 @@ class Cloner:
         return float(self.averaged.imitation_loss(*self.validation.batch(indices), generator=generator))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that cloning has learned beside the averaged policy, as tensors and plain values."""
+        """All that cloning has learned, as tensors and plain values."""
         return {
             "policy": self.policy.state_dict(),
+            "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "order": self.order,
             "prepared": self.prepared,
+            "windows": len(self.train),
             "updates": self.updates,
+            "wall_clock_s": self.wall_clock_s,
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, of a cloner of the same settings and windows.
+
+        Raises:
+            UserError: there are other windows.
+        """
+        if state["windows"] != len(self.train):
+            raise UserError(
+                f"it learned from {state['windows']:,} windows of demonstrations, and now there are "
+                f"{len(self.train):,}; is the dataset another one?"
+            )
+        self.policy.load_state_dict(state["policy"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.order = state["order"].to(self.device)
+        self.prepared = [tuple(column.to(self.device) for column in exercise) for exercise in state["prepared"]]
+        self.updates = state["updates"]
+        self.wall_clock_s = state["wall_clock_s"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dppo.advantages import gae, group_advantages
 from dppo.critic import AnyCritic, LatentCritic
+from dppo.envs.restoring import generator_of, generator_state
 from dppo.reward_scaling import RewardScaler
 from dppo.rollout import Actor, Rollout, Storage, collect_episodes, collect_rollout
 from dppo.updates.config import UpdateConfig
@@ -71,6 +72,9 @@ class Estimate:
 class Estimator(Protocol):
     """From rollouts to advantages."""
 
+    begins_episodes: bool
+    """Whether each rollout begins with new episodes, wherever the environments were."""
+
     def collect(
         self, actor: Actor, policy: Policy, steps: int, on_step: Callable[[int], None], storage: Storage
     ) -> Rollout:
@@ -87,6 +91,10 @@ class Estimator(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """All that it has learned, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         ...
 
 
@@ -116,6 +124,11 @@ class Discounting:
         """Of the reward scaler."""
         return {} if self.scaler is None else {"reward_scaler": self.scaler.state_dict()}
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["reward_scaler"])
+
 
 class GAE:
     """Generalised advantage estimation with a critic, of observations or of every inner step.
@@ -124,6 +137,7 @@ class GAE:
     episode or of the rollout.
     """
 
+    begins_episodes = False
     collect = staticmethod(collect_rollout)
 
     def __init__(
@@ -202,6 +216,10 @@ class GAE:
         """The reward scaler, and the state of the generator."""
         return {**self.discounting.state_dict(), "generator": self.generator.get_state()}
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.discounting.load_state_dict(state)
+        self.generator.set_state(state["generator"])
+
 
 class GroupRelative:
     """GRPO's advantages (Shao et al. 2024, section 4.1): an episode's return among those from the same state.
@@ -210,6 +228,8 @@ class GroupRelative:
     first episode of each, as far as the rollout goes: all of a group are cut at the same time, so that their returns
     can be compared. What an environment does after its first episode would begin elsewhere, and is left out.
     """
+
+    begins_episodes = True
 
     def __init__(self, config: GroupConfig, num_envs: int, seed: int) -> None:
         """``seed`` draws those of the groups.
@@ -238,8 +258,11 @@ class GroupRelative:
         return Estimate(advantages.expand_as(rollout.rewards)[..., None], None, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: seeds are drawn anew."""
-        return {}
+        """The state of the generator of seeds."""
+        return {"seeds": generator_state(self.seeds)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seeds = generator_of(state["seeds"])
 
 
 def make_estimator(

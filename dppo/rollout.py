@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dppo.envs.restoring import NotRestorable
 from dppo.envs.stepper import Step, Stepper
 from dppo.threads import explorer_in_parts, sample_in_parts, single_thread
-from policies import Policy
+from policies import Policy, UserError
 from policies.base import Explorer
 
 KEPT_STEPS = 32
@@ -57,6 +58,15 @@ class EpisodeTracker:
                 finished.append(EpisodeResult(int(i), float(self.returns[i]), int(self.lengths[i]), success))
             self.returns[i], self.lengths[i], self.successes[i] = 0.0, 0, False
         return finished
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running episodes, [N] each."""
+        return {name: getattr(self, name).copy() for name in ("returns", "lengths", "successes")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        for name, values in state.items():
+            getattr(self, name)[:] = values
 
 
 @dataclass(frozen=True)
@@ -165,11 +175,46 @@ class Actor:
         self.threads = torch.get_num_threads()
         self.tracker = EpisodeTracker(env.num_envs, success_reward)
         self.obs: np.ndarray | None = None
+        self.not_restorable: str | None = None
+        """Why the environments' state cannot be told, as far as is known."""
 
     def reset(self, seed: int | list[int]) -> None:
         """Start new episodes everywhere; environment i with seed + i, or with its own of a list."""
         self.obs = self.env.reset(seed)
         self.tracker = EpisodeTracker(self.env.num_envs, self.tracker.success_reward)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator, and where the environments and their episodes are; that is None where they cannot tell it."""
+        return {"generator": self.generator.get_state(), "environments": self._situation()}
+
+    def _situation(self) -> dict[str, Any] | None:
+        try:
+            state = self.env.get_state()
+        except NotRestorable as error:
+            self.not_restorable = str(error)
+            return None
+        assert self.obs is not None
+        return {"state": state, "obs": self.obs.copy(), "episodes": self.tracker.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Take over what `state_dict` gave; whether the environments are where they were. If not, they want a `reset`.
+
+        Raises:
+            UserError: the environments' state is not of such as these.
+        """
+        self.generator.set_state(state["generator"])
+        situation = state["environments"]
+        if situation is None:
+            return False
+        try:
+            self.env.set_state(situation["state"])
+            self.obs = situation["obs"].copy()
+            self.tracker.load_state_dict(situation["episodes"])
+        except NotRestorable:
+            return False
+        except Exception as error:  # also of an environment of the user's, which may raise anything
+            raise UserError(f"its environments' state does not fit the task's environments: {error}") from error
+        return True
 
     def act(self, policy: Policy, *, deterministic: bool = False) -> Acted:
         """One chunk step in every environment."""

@@ -78,12 +78,12 @@ def check_logger(config: Mapping[str, Any]) -> None:
         raise UserError("Weights & Biases is not installed: pip install wandb, or choose logger=tensorboard")
 
 
-def build_sinks(config: Mapping[str, Any], run: RunDirectory, x_axis: str) -> list[Sink]:
-    """Where rows of metrics go besides ``metrics.jsonl``."""
+def build_sinks(config: Mapping[str, Any], run: RunDirectory, x_axis: str, done: int | None = None) -> list[Sink]:
+    """Where rows of metrics go besides ``metrics.jsonl``; ``done``: of a run that goes on, where."""
     logger = dict(config["logger"])
     kind = logger.pop("type")
     if kind == "tensorboard":
-        return [TensorBoardSink(run, x_axis=x_axis)]
+        return [TensorBoardSink(run, x_axis=x_axis, done=done)]
     if kind == "wandb":
         return [WandbSink(run, config=config, x_axis=x_axis, **logger)]
     return []

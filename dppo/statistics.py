@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from policies.config import config_from_dict
 
 Interval = tuple[float | None, float | None]
 """Lower and upper end; None where one sample does not tell."""
@@ -35,6 +37,15 @@ class EvaluationSummary:
         """Plain data, as ``summary.json`` holds it; intervals are lists [lo, hi]."""
         content = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> EvaluationSummary:
+        """From what `as_dict` gave.
+
+        Raises:
+            UserError: it is something else.
+        """
+        return config_from_dict(EvaluationSummary, content, "an evaluation")
 
 
 def summarize(

@@ -65,6 +65,12 @@ class Task:
         return spec
 
 
+def trust_of(task: Task) -> str:
+    """What a command line has to say so that the task is `permitted`, after a space; nothing, where it is anyway."""
+    module = task.env_id.rpartition(":")[0]
+    return f" trust={module}" if module and module.split(".")[0] not in KNOWN_MODULES else ""
+
+
 def permitted(task: Task, where: str, modules: Collection[str]) -> Task:
     """A task that a file describes, if it imports nothing that nobody but the file has named.
 
@@ -79,10 +85,10 @@ def permitted(task: Task, where: str, modules: Collection[str]) -> Task:
         UserError: the environment is of another module, or of one of Gymnasium's ids that import what they are told.
     """
     module, _, env_id = task.env_id.rpartition(":")
-    if module and module.split(".")[0] not in KNOWN_MODULES and module not in modules:
+    if trust_of(task) and module not in modules:
         raise UserError(
             f"{where} asks for an environment of the module {module!r}, which would be imported and so run; if you "
-            f"trust it, add trust={module}"
+            f"trust it, add{trust_of(task)}"
         )
     if env_id.startswith("GymV"):
         raise UserError(f"{where} asks for {env_id}, which imports what it is told; it is not run from a file")

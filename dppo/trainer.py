@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dppo.anchors import Anchor, KLReward, anchor_state
+from dppo.anchors import Anchor, KLReward, anchor_state, load_anchor_state
 from dppo.annealing import Annealing
 from dppo.critic import LatentCritic, make_critic
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env
 from dppo.estimators import AdvantageConfig, GAEConfig, Values, make_estimator
 from dppo.output.metrics import Row
+from dppo.randomness import load_shared_state, shared_state
 from dppo.rollout import Actor, EpisodeResult, Rollout, Storage
 from dppo.task import Task
 from dppo.updates.batch import Batch
@@ -47,6 +48,10 @@ class TrainerConfig:
             raise ValueError("env_steps, num_envs and rollout_steps must be at least 1")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, or null for no limit, not {self.max_minutes}")
+
+
+COUNTERS = ("first_steps", "iteration", "env_steps", "wall_clock_s")
+"""Numbers that a `Trainer` counts, or remembers from its beginning."""
 
 
 class Trainer:
@@ -201,11 +206,34 @@ class Trainer:
             "anchor": anchor_state(self.anchor),
             "estimator": self.estimator.state_dict(),
             "update_rule": self.update_rule.state_dict(),
-            "actor_generator": self.actor.generator.get_state(),
-            "iteration": self.iteration,
-            "env_steps": self.env_steps,
-            "wall_clock_s": self.wall_clock_s,
+            "actor": self.actor.state_dict(),
+            "randomness": shared_state(),
+            **{name: getattr(self, name) for name in COUNTERS},
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
+        """Take over what `state_dict` gave, of a trainer of the same settings whose policy was as this one's is now.
+
+        Returns:
+            Whether training goes on as if it had never stopped. It does not where environments could not tell their
+            state: those start new episodes, with seeds that follow from this trainer's and the iteration.
+
+        Raises:
+            UserError: the environments' state does not fit.
+        """
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+        load_anchor_state(self.anchor, state["anchor"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.update_rule.load_state_dict(state["update_rule"])
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        there = self.actor.load_state_dict(state["actor"])
+        if not there:
+            (seed,) = np.random.SeedSequence([self.config.seed, self.iteration]).generate_state(1)
+            self.actor.reset(int(seed))
+        load_shared_state(state["randomness"])
+        return there or self.estimator.begins_episodes
 
     def close(self) -> None:
         """Close the environments."""

@@ -22,6 +22,7 @@ from dppo.output.report import Progress, final_table
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.statistics import summarize
+from dppo.stopping import Stop
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from policies import Policy, UserError
@@ -138,6 +139,7 @@ def _train_expert(
 
     Raises:
         UserError: the environment steps were spent before.
+        Stopped: by a signal; what was trained is saved.
     """
     torch.manual_seed(config["seed"])
     policy = scratch_policy(config, task).to(prepare_device(config))
@@ -149,8 +151,8 @@ def _train_expert(
     try:
         sinks = build_sinks(config, directory, "env_steps")
         logging, bar = MetricsLogger(directory, sinks), Progress(env_steps, "env_steps")
-        with evidence_kept(directory), logging as logger, bar as progress:
-            while not trainer.finished and reached < target_return:
+        with Stop() as stop, evidence_kept(directory), logging as logger, bar as progress:
+            while not trainer.finished and reached < target_return and stop.asked is None:
                 row = trainer.iterate(progress.advance)
                 logger.log(row)
                 progress.update(row)
@@ -159,6 +161,7 @@ def _train_expert(
         save_checkpoint(path, policy, task, trainer.state_dict())
     finally:
         trainer.close()
+    stop.check(f"the expert is saved in {path} as it was, and nothing is recorded")
     if reached < target_return:
         raise UserError(
             f"the expert (saved in {path}) reached a return of {reached:.0f} in {trainer.env_steps:,} steps, not "

@@ -84,7 +84,7 @@ def _run_missing(
         try:
             return run_all(waiting, processes=processes, threads=threads, extra=extra, on_end=ended)
         except BaseException:
-            print("stopped; finished runs are kept, and the same command goes on with the others", flush=True)
+            print("stopped; runs are kept as they are, and the same command goes on with them", flush=True)
             raise
 
 

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dppo.building import build_advantage, build_anchor, build_update_rule, policy_settings, starting_point
-from dppo.checkpoint import save_checkpoint, source_of
-from dppo.evaluation import EvaluationConfig, evaluate_with_progress, evaluation_settings
+from dppo.building import (
+    build_advantage,
+    build_anchor,
+    build_task,
+    build_update_rule,
+    policy_settings,
+    starting_point,
+)
+from dppo.checkpoint import POLICY, load_policy, save_checkpoint, source_of
+from dppo.evaluation import evaluate_with_progress, evaluation_settings
 from dppo.output.evidence import evidence_kept
 from dppo.output.metrics import MetricsLogger, read_metrics
 from dppo.output.plots import learning_curve
 from dppo.output.report import Progress, bar, final_table
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
+from dppo.randomness import seed_shared
+from dppo.resuming import NOT_EXACTLY, finished_line, go_on, restore, resumed_run
 from dppo.run_setup import build_sinks, open_run, prepare_device
+from dppo.saving import CheckpointConfig, Checkpoints, checkpoint_settings
 from dppo.statistics import EvaluationSummary
-from dppo.task import Task
+from dppo.stopping import Stop
+from dppo.task import trust_of
 from dppo.threads import threads_in_words
 from dppo.trainer import Trainer, TrainerConfig
-from policies import Policy
 from policies.config import config_from_dict
+
+log = logging.getLogger(__name__)
+
+FREE = ("randomness", "actor/environments")
+"""Entries of a trainer's state whose form depends on where it is."""
 
 
 def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
@@ -33,47 +50,185 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
     Args:
         config: of ``configs/finetune.yaml``.
         overridden: keys and groups that the user set explicitly.
+
+    Raises:
+        Stopped: by a signal; all is saved.
     """
-    device = prepare_device(config)
+    with ExitStack() as held:
+        resumed = resumed_run("finetune", config, overridden, held)
+        if resumed is not None:
+            config, overridden = resumed.config, resumed.overridden
+        checkpoint = None if resumed is None else resumed.checkpoint
+        device = prepare_device(config)
+        settings = checkpoint_settings(config, "finetune")
+        evaluation_settings(config)  # so that nothing is built for wrong ones
+        trainer, config = _build(config, overridden, device, checkpoint)
+        held.callback(trainer.close)
+        if resumed is not None and checkpoint is not None:
+            exactly, notes = restore(checkpoint, trainer, FREE)
+            summary = resumed.directory.read_summary()
+            if trainer.finished and summary is not None and summary.get("after") is not None:
+                print(finished_line(resumed.directory, "env_steps", trainer.env_steps), flush=True)
+                return summary
+            go_on(resumed, config, "env_steps", trainer.env_steps)
+            if not exactly:
+                print(NOT_EXACTLY, flush=True)
+            training = Finetuning(config, trainer, resumed.directory, settings)
+            training.go_on(checkpoint, notes, summary)
+        else:
+            name = f"finetune-{trainer.task.name}-{trainer.policy.type}-{config['algo']['type']}-seed{config['seed']}"
+            directory = open_run(config, name, source_of(config["checkpoint"]))
+            if resumed is None:
+                held.enter_context(directory.held())
+            training = Finetuning(config, trainer, directory, settings)
+        print(_plan(config, trainer, device), flush=True)
+        return training.run()
+
+
+def _build(
+    config: Mapping[str, Any], overridden: Collection[str], device: torch.device, checkpoint: Path | None
+) -> tuple[Trainer, dict[str, Any]]:
+    """The trainer, of a policy at its beginning or as it is in a checkpoint of the run; and the whole configuration."""
     algo = build_update_rule(config)
-    evaluation, interval = evaluation_settings(config)
-    torch.manual_seed(config["seed"])  # of the weights of a policy from scratch
-    policy, task = starting_point(config, overridden)
+    seed_shared(config["seed"])  # of the weights of a policy from scratch
+    if checkpoint is None:
+        policy, task = starting_point(config, overridden)
+        config = {**config, "task": dataclasses.asdict(task), **policy_settings(policy)}
+    else:
+        policy, task = load_policy(checkpoint / POLICY)[0], build_task(config)
     policy = policy.to(device)
-    config = {**config, "task": dataclasses.asdict(task), **policy_settings(policy)}
     anchor = build_anchor(config, policy, task)
     trainer = Trainer(policy, task, trainer_config(config), algo, config["critic"], build_advantage(config), anchor)
-    try:
-        name = f"finetune-{task.name}-{policy.type}-{config['algo']['type']}-seed{config['seed']}"
-        directory = open_run(config, name, source_of(config["checkpoint"]))
-        print(_plan(config, trainer, device), flush=True)
-        with evidence_kept(directory), MetricsLogger(directory, build_sinks(config, directory, "env_steps")) as logger:
-            before, _ = evaluate_with_progress(policy, task, evaluation, "before")
-            videos = _videos(config, directory, policy, task, "before")
+    return trainer, dict(config)
+
+
+class Finetuning:
+    """A run between its beginning, or the checkpoint that it goes on from, and its end."""
+
+    def __init__(
+        self, config: Mapping[str, Any], trainer: Trainer, directory: RunDirectory, settings: CheckpointConfig
+    ) -> None:
+        self.config = config
+        self.trainer = trainer
+        self.directory = directory
+        self.evaluation, self.evaluation_interval = evaluation_settings(config)
+        self.before: EvaluationSummary | None = None
+        """None: it has not begun."""
+        self._warned = False
+        self.command = f"dppo finetune resume={directory.path}{trust_of(trainer.task)}"
+        """That goes on with it."""
+        self.checkpoints = Checkpoints(directory.checkpoints, settings, self._save, go_on=f"`{self.command}`")
+
+    def go_on(self, checkpoint: Path, notes: Mapping[str, Any], summary: Mapping[str, Any] | None) -> None:
+        """Take up what is known: the notes of the checkpoint, and the summary of a run that had ended with it."""
+        self.before = EvaluationSummary.from_dict(notes["before"])
+        self.checkpoints.go_on(checkpoint, notes["best"])
+        steps, summary = self.trainer.env_steps, summary or {}
+        if summary.get("after") is not None and summary["env_steps"] == steps:
+            self.checkpoints.judge(steps, EvaluationSummary.from_dict(summary["after"]))
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, train, evaluate again; the summary.
+
+        Raises:
+            Stopped: by a signal, between two iterations or after an evaluation.
+        """
+        began = None if self.before is None else self.trainer.env_steps
+        sinks = build_sinks(self.config, self.directory, "env_steps", began)
+        with Stop() as stop, evidence_kept(self.directory), MetricsLogger(self.directory, sinks) as logger:
+            videos: dict[str, Path] = {}
+            if self.before is None:
+                self.before = self._evaluate("before")
+                self.checkpoints.judge(0, self.before)
+                self.checkpoints.save(0)
+                videos = {} if stop.asked else self._videos("before")
+            self._write_summary(None)
             try:
-                checkpoint = _train(trainer, directory, logger, evaluation, interval, config["checkpoint_interval"])
+                self._train(logger, stop)
+            except BaseException:
+                print(f"the last checkpoint is {self.checkpoints.latest}; `{self.command}` goes on from it", flush=True)
+                raise
             finally:
-                write_json(directory.summary_path, _summary(config, trainer, before, None))
-            after, _ = evaluate_with_progress(trainer.policy, task, evaluation, "after")
-        videos |= _videos(config, directory, trainer.policy, task, "after")
-    finally:
-        trainer.close()
-    summary = _summary(config, trainer, before, after)
-    write_json(directory.summary_path, summary)
-    curve = learning_curve(
-        read_metrics(directory.metrics_path),
-        directory.plots / "learning_curve.png",
-        title=f"{task.name}: {policy.type} policy, {config['algo']['type'].upper()}",
-        before=before,
-        after=after,
-    )
-    final_table(
-        {"before": before, "after": after},
-        env_steps=trainer.env_steps,
-        seconds=trainer.wall_clock_s,
-        paths={"learning curve": curve, **videos, "checkpoint": checkpoint},
-    )
-    return summary
+                self._write_summary(None)
+            stop.check(f"all is saved, and `{self.command}` goes on")
+            after = self._evaluate("after")
+            videos |= {} if stop.asked else self._videos("after")
+        self.checkpoints.judge(self.trainer.env_steps, after)
+        summary = self._write_summary(after)
+        self._tell(after, videos)
+        return summary
+
+    def _train(self, logger: MetricsLogger, stop: Stop) -> None:
+        """Iterate until the budget is spent or a signal comes, and save."""
+        trainer, interval = self.trainer, self.evaluation_interval
+        with Progress(trainer.config.env_steps, "env_steps", done=trainer.env_steps) as progress:
+            while not trainer.finished and stop.asked is None:
+                row = trainer.iterate(progress.advance)
+                result = None
+                if interval and trainer.iteration % interval == 0:
+                    result = self._evaluate()
+                    row = {**row, "eval_return_mean": result.return_mean, "eval_success_rate": result.success_rate}
+                logger.log(row)
+                progress.update(row)
+                self.checkpoints.after(trainer.iteration, trainer.env_steps, result)
+        self.checkpoints.save(trainer.env_steps)
+
+    def _evaluate(self, name: str | None = None) -> EvaluationSummary:
+        return evaluate_with_progress(self.trainer.policy, self.trainer.task, self.evaluation, name)[0]
+
+    def _save(self, path: Path) -> None:
+        assert self.before is not None
+        notes = {"before": self.before.as_dict(), "best": self.checkpoints.best_as_dict()}
+        trainer, state = self.trainer, self.trainer.state_dict()
+        save_checkpoint(path, trainer.policy, trainer.task, {**state, "notes": notes})
+        if not self._warned and state["actor"]["environments"] is None and not trainer.estimator.begins_episodes:
+            log.warning("%s: if this run is resumed, its environments start new episodes", trainer.actor.not_restorable)
+            self._warned = True
+
+    def _write_summary(self, after: EvaluationSummary | None) -> dict[str, Any]:
+        """Write ``summary.json``; ``after`` is None while the run goes on."""
+        trainer, seconds = self.trainer, self.trainer.wall_clock_s
+        summary = {
+            "task": trainer.task.name,
+            "policy": trainer.policy.type,
+            "algo": self.config["algo"]["type"],
+            "seed": self.config["seed"],
+            "env_steps": trainer.env_steps,
+            "wall_clock_s": seconds,
+            "env_steps_per_s": trainer.env_steps / seconds if seconds else None,
+            "before": None if self.before is None else self.before.as_dict(),
+            "after": None if after is None else after.as_dict(),
+            "best_checkpoint": self.checkpoints.best_as_dict(),
+        }
+        write_json(self.directory.summary_path, summary)
+        return summary
+
+    def _videos(self, name: str) -> dict[str, Path]:
+        if not self.config["video"]:
+            return {}
+        task, seed = self.trainer.task, int(self.config["evaluation"]["seed"])
+        path, caption = self.directory.videos / f"{name}.mp4", f"{task.name}, {name}"
+        with bar(f"recording a video ({name})", 1):
+            found = record_video(self.trainer.policy, task, path, seed=seed, caption=caption)
+        return {} if found is None else {f"video {name}": found}
+
+    def _tell(self, after: EvaluationSummary, videos: Mapping[str, Path]) -> None:
+        """Draw the learning curve, and print how the run ended."""
+        assert self.before is not None
+        trainer, directory = self.trainer, self.directory
+        curve = learning_curve(
+            read_metrics(directory.metrics_path),
+            directory.plots / "learning_curve.png",
+            title=f"{trainer.task.name}: {trainer.policy.type} policy, {self.config['algo']['type'].upper()}",
+            before=self.before,
+            after=after,
+        )
+        final_table(
+            {"before": self.before, "after": after},
+            env_steps=trainer.env_steps,
+            seconds=trainer.wall_clock_s,
+            paths={"learning curve": curve, **videos, "checkpoint": directory.checkpoints / str(trainer.env_steps)},
+        )
 
 
 def _plan(config: Mapping[str, Any], trainer: Trainer, device: torch.device) -> str:
@@ -90,71 +245,7 @@ def _plan(config: Mapping[str, Any], trainer: Trainer, device: torch.device) -> 
     )
 
 
-def _summary(
-    config: Mapping[str, Any], trainer: Trainer, before: EvaluationSummary, after: EvaluationSummary | None
-) -> dict[str, Any]:
-    """What ``summary.json`` holds; ``after`` is None while the run goes on."""
-    return {
-        "task": trainer.task.name,
-        "policy": trainer.policy.type,
-        "algo": config["algo"]["type"],
-        "seed": config["seed"],
-        "env_steps": trainer.env_steps,
-        "wall_clock_s": trainer.wall_clock_s,
-        "env_steps_per_s": trainer.env_steps / trainer.wall_clock_s if trainer.wall_clock_s else None,
-        "before": before.as_dict(),
-        "after": None if after is None else after.as_dict(),
-    }
-
-
 def trainer_config(config: Mapping[str, Any]) -> TrainerConfig:
     """The trainer's part of a composed configuration."""
     names = ("env_steps", "num_envs", "rollout_steps", "max_minutes", "seed", "anneal")
     return config_from_dict(TrainerConfig, {name: config[name] for name in names}, "finetune")
-
-
-def _train(
-    trainer: Trainer,
-    directory: RunDirectory,
-    logger: MetricsLogger,
-    evaluation: EvaluationConfig,
-    evaluation_interval: int,
-    checkpoint_interval: int,
-) -> Path:
-    """Iterate until the budget is spent; the path of the last checkpoint. What was learned is saved however it ends."""
-    saved: dict[int, Path] = {}
-
-    def save() -> None:
-        if trainer.iteration not in saved:
-            path = directory.checkpoints / str(trainer.env_steps)
-            saved[trainer.iteration] = save_checkpoint(path, trainer.policy, trainer.task, trainer.state_dict())
-
-    try:
-        with Progress(trainer.config.env_steps, "env_steps") as progress:
-            while not trainer.finished:
-                row = trainer.iterate(progress.advance)
-                if evaluation_interval and trainer.iteration % evaluation_interval == 0:
-                    result, _ = evaluate_with_progress(trainer.policy, trainer.task, evaluation)
-                    row = {**row, "eval_return_mean": result.return_mean, "eval_success_rate": result.success_rate}
-                logger.log(row)
-                progress.update(row)
-                if checkpoint_interval and trainer.iteration % checkpoint_interval == 0:
-                    save()
-    except BaseException:
-        if trainer.iteration:
-            save()
-            print(f"stopped; what was learned until then is in {saved[trainer.iteration]}", flush=True)
-        raise
-    save()
-    return saved[trainer.iteration]
-
-
-def _videos(
-    config: Mapping[str, Any], directory: RunDirectory, policy: Policy, task: Task, name: str
-) -> dict[str, Path]:
-    if not config["video"]:
-        return {}
-    seed = int(config["evaluation"]["seed"])
-    with bar(f"recording a video ({name})", 1):
-        path = record_video(policy, task, directory.videos / f"{name}.mp4", seed=seed, caption=f"{task.name}, {name}")
-    return {} if path is None else {f"video {name}": path}

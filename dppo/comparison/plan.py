@@ -106,12 +106,21 @@ class PlannedRun:
         write_json(self._note, {"overrides": list(self.overrides)})
 
     @property
+    def can_go_on(self) -> bool:
+        """Whether an earlier run was asked for the same, and has a checkpoint."""
+        saved = any(path.name.isdigit() for path in self.directory.checkpoints.glob("*"))
+        return saved and self._earlier == list(self.overrides)
+
+    @property
+    def _earlier(self) -> list[str] | None:
+        """The overrides of an earlier run; None: there was none."""
+        return json.loads(self._note.read_text())["overrides"] if self._note.is_file() else None
+
+    @property
     def other_settings(self) -> str | None:
         """How a finished run that was asked for something else differs from this one; None: not at all."""
-        if self.summary is None or not self._note.is_file():
-            return None
-        earlier = json.loads(self._note.read_text())["overrides"]
-        if tuple(earlier) == self.overrides:
+        earlier = self._earlier
+        if self.summary is None or earlier is None or earlier == list(self.overrides):
             return None
         gone = [override for override in earlier if override not in self.overrides]
         new = [override for override in self.overrides if override not in earlier]

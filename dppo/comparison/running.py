@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dppo.comparison.plan import PlannedRun
 from policies.errors import UserError
 
-PATIENCE_S = 60.0
-"""How long an interrupted run may take to save what it learned."""
+PATIENCE_S = 300.0
+"""How long an interrupted run may take to end its iteration, or an evaluation, and to save what it learned."""
 POLL_S = 0.2
 
 
@@ -72,12 +72,14 @@ def run_all(
 
 
 def _start(run: PlannedRun, threads: int, extra: Path | None) -> subprocess.Popen[bytes]:
+    """Start a run, or go on with it where it was stopped."""
+    goes_on = run.can_go_on
     run.note_settings()
     where = [] if extra is None else ["--config-dir", str(extra)]
     path = str(run.path).replace("\\", "\\\\").replace("'", "\\'")
-    how = [f"run='{path}'", "overwrite=true", f"threads={threads}"]
-    with run.log_path.open("wb") as log:
-        command = [sys.executable, "-m", "dppo.cli", "finetune", *where, *run.overrides, *how]
+    what = [f"resume='{path}'"] if goes_on else [*run.overrides, f"run='{path}'", "overwrite=true"]
+    with run.log_path.open("ab" if goes_on else "wb") as log:
+        command = [sys.executable, "-m", "dppo.cli", "finetune", *where, *what, f"threads={threads}"]
         # In a session of its own: Ctrl-C is for the comparison, which then asks its runs to end, once.
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
@@ -85,13 +87,15 @@ def _start(run: PlannedRun, threads: int, extra: Path | None) -> subprocess.Pope
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask them to end, and end them if they do not."""
+    """Ask them to end, and end them if they do not, or if there is no more time to wait for them."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + PATIENCE_S
-    for process in processes:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            process.kill()
+    try:
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+    finally:
+        for process in processes:
+            process.kill()  # does nothing to one that has ended
             process.wait()

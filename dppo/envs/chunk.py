@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
+from dppo.envs.restoring import restore, state_of
 from policies.errors import UserError
 
 
@@ -75,6 +76,23 @@ class ChunkEnv(gymnasium.Wrapper[np.ndarray, Any, np.ndarray, Any]):
         self._recent[:first] = recent
         info = {"step_rewards": step_rewards, "steps": steps}
         return recent, total, bool(terminated), bool(truncated), info
+
+    def get_state(self) -> dict[str, Any]:
+        """All that the future depends on besides the actions, as plain data.
+
+        Raises:
+            NotRestorable: see `restoring.state_of`.
+        """
+        return {"history": self._recent[: self._history].copy(), "env": state_of(self.env)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of `get_state`, of this or another instance that was made alike.
+
+        Raises:
+            ValueError: it was made in another way.
+        """
+        restore(self.env, state["env"])
+        self._recent[: self._history] = state["history"]
 
     def _env_actions(self, action: Any) -> Any:
         """The actions to execute, one after the other."""

@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from dppo.envs.restoring import NotRestorable
 from policies.errors import UserError
 
 
@@ -164,6 +165,25 @@ class Stepper:
         if self._mode is AutoresetMode.NEXT_STEP:
             self._resets_next = ended
         return Step(next_obs, final_obs, step_rewards, steps, terminated, truncated & ~terminated, valid, dropped)
+
+    def get_state(self) -> dict[str, Any]:
+        """A copy of the whole state of the environments, as plain data.
+
+        Raises:
+            NotRestorable: they have none, see `restoring.state_of`.
+        """
+        if not hasattr(self.env, "get_state"):
+            raise NotRestorable(f"{type(self.env).__qualname__} has no get_state() and set_state(state)")
+        return {"env": self.env.get_state(), "resets_next": self._resets_next.copy()}  # type: ignore[attr-defined]
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of `get_state`, of environments that were made alike.
+
+        Raises:
+            ValueError: they were made in another way.
+        """
+        self.env.set_state(state["env"])  # type: ignore[attr-defined]
+        self._resets_next = state["resets_next"].copy()
 
     def close(self) -> None:
         """Close the environments."""

@@ -13,12 +13,13 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from dppo.envs.action_mask import ActionMask, choices_of
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.native.registry import rules_of
+from dppo.envs.one_by_one import OneByOne
 from dppo.envs.workers.choice import worthwhile_workers
 from dppo.envs.workers.process import WorkerDiedError
 from dppo.envs.workers.vector_env import WorkerVectorEnv
@@ -127,7 +128,7 @@ def make_vector_env(
 
 def sync_vector_env(
     task: Task, num_envs: int, *, history: int, chunk: int, autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP
-) -> SyncVectorEnv:
+) -> OneByOne:
     """As `make_vector_env`, with Gymnasium's own environments, one after the other: for any task, and the reference.
 
     Raises:
@@ -135,7 +136,7 @@ def sync_vector_env(
     """
     _check_num_envs(task, num_envs)
     env_fns = [partial(make_env, task, history=history, chunk=chunk)] * num_envs
-    return SyncVectorEnv(env_fns, copy=False, autoreset_mode=autoreset_mode)
+    return OneByOne(env_fns, copy=False, autoreset_mode=autoreset_mode)
 
 
 def worker_vector_env(task: Task, num_envs: int, *, history: int, chunk: int, workers: int) -> WorkerVectorEnv:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from dppo.output.run_directory import RunDirectory, jsonable
+from dppo.output.run_directory import RunDirectory, jsonable, write_text
 from policies.errors import UserError
 
 Row = Mapping[str, float | int | None]
@@ -31,16 +33,28 @@ class MetricsLogger:
     """Appends rows to ``metrics.jsonl``, each flushed, and hands them to the sinks. A context manager."""
 
     def __init__(self, directory: RunDirectory, sinks: Sequence[Sink] = ()) -> None:
-        self._file = directory.metrics_path.open("a")
+        self._path = directory.metrics_path
+        self._file = self._path.open("ab", buffering=0)
         self._sinks = sinks
 
     def log(self, row: Row) -> None:
-        """Write one row; NaN and infinities become null."""
+        """Write one row; NaN and infinities become null.
+
+        Raises:
+            UserError: it cannot be written, since the disk is full or for the like of it.
+        """
         plain = jsonable(row)
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
-        for sink in self._sinks:
-            sink.log(plain)
+        line = (json.dumps(plain, allow_nan=False) + "\n").encode()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for sink in self._sinks:
+                sink.log(plain)
+        except OSError as error:
+            raise UserError(
+                f"a row of metrics could not be written to {self._path.parent}: {error.strerror or error}; the run's "
+                f"last checkpoint is as it was, and resume=... goes on from it"
+            ) from error
 
     def close(self) -> None:
         """Close the file and the sinks."""
@@ -60,11 +74,12 @@ class MetricsLogger:
 class TensorBoardSink:
     """One scalar per key, in ``tensorboard/`` under the run directory."""
 
-    def __init__(self, directory: RunDirectory, *, x_axis: str = "env_steps") -> None:
+    def __init__(self, directory: RunDirectory, *, x_axis: str = "env_steps", done: int | None = None) -> None:
+        """``done``: of a run that goes on, where; what was shown beyond that is shown no more."""
         # Imported here: 0.2 s that only those who want it pay.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory.path / "tensorboard"))
+        self._writer = SummaryWriter(str(directory.path / "tensorboard"), purge_step=None if done is None else done + 1)
         self._x_axis = x_axis
 
     def log(self, row: Row) -> None:
@@ -95,7 +110,8 @@ class WandbSink:
         except ImportError as error:
             raise UserError("Weights & Biases is not installed: pip install wandb") from error
         name, folder = directory.path.name, str(directory.path)
-        self._run = wandb.init(project=project, name=name, dir=folder, config=dict(config))
+        # "auto" goes on with the run that was interrupted in this directory, if there is one.
+        self._run = wandb.init(project=project, name=name, dir=folder, config=dict(config), resume="auto")
         self._run.define_metric("*", step_metric=x_axis)
 
     def log(self, row: Row) -> None:
@@ -105,6 +121,14 @@ class WandbSink:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+def cut_back(path: Path, x_axis: str, done: int) -> None:
+    """Take those rows away, and a torn last one, that come after a place on the axis: they are to be written again."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row.get(x_axis, 0) <= done]
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -70,10 +70,14 @@ COLUMNS = {
 class Progress:
     """One line per row of metrics; on a terminal with a bar below them, in a log file without. A context manager."""
 
-    def __init__(self, total: int, unit: str, *, console: Console | None = None) -> None:
-        """Report on a run of ``total`` units, counted by the rows' key ``unit``, e.g. "env_steps"."""
+    def __init__(self, total: int, unit: str, *, done: int = 0, console: Console | None = None) -> None:
+        """Report on a run of ``total`` units, counted by the rows' key ``unit``, e.g. "env_steps".
+
+        So many were ``done`` before.
+        """
         self._console = console or get_console()
         self._total = total
+        self._done_before = done
         self._unit = unit
         self._began = time.perf_counter()
         name = unit.replace("_", " ")
@@ -82,7 +86,7 @@ class Progress:
         self._seen: set[str] = set()
         self._lines = 0
         self._bar = _bar(self._console)
-        self._task = self._bar.add_task("training", total=total)
+        self._task = self._bar.add_task("training", total=total, completed=done)
 
     def advance(self, units: int) -> None:
         """Move the bar, between rows."""
@@ -96,7 +100,8 @@ class Progress:
                 is missing or None shows as a dash, a column that never had one not at all.
         """
         done = int(row[self._unit] or 0)
-        left = (time.perf_counter() - self._began) * max(self._total / max(done, 1) - 1, 0)
+        seconds = (time.perf_counter() - self._began) / max(done - self._done_before, 1)
+        left = seconds * max(self._total - done, 0)
         new = {key for key in self._known if row.get(key) is not None} - self._seen
         self._seen |= new
         shown = {key: column for key, column in self._known.items() if key in self._seen}

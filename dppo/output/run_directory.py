@@ -10,6 +10,7 @@ debug/              tensors, if training stopped because they were not finite
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -18,7 +19,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,10 +31,13 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from dppo.durable import flush, write_flushed
 from dppo.processors import usable_processors
 from policies.errors import UserError
 
 HEADER = "# Written by dppo: the resolved configuration of this run, and where it ran."
+PROVENANCE = "provenance"
+"""Of ``config.yaml``: where and when it ran, beside the configuration."""
 PACKAGES = ("dppo", "torch", "diffusers", "gymnasium", "mujoco", "numpy", "hydra-core", "minari")
 
 
@@ -59,11 +64,70 @@ class RunDirectory:
             if directory.path.exists():
                 directory._clear(overwrite)
             directory.path.mkdir(parents=True, exist_ok=True)
-            content = OmegaConf.create({**config, "provenance": provenance()})
-            write_text(directory.config_path, f"{HEADER}\n{OmegaConf.to_yaml(content)}")
+            directory._write_config(config, provenance())
         except OSError as error:
             raise UserError(f"cannot write to the run directory {path}: {error.strerror or error}") from error
         return directory
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration that it began with, as plain data.
+
+        Raises:
+            UserError: it is no run, or the file is damaged.
+        """
+        return {key: value for key, value in self._read_content().items() if key != PROVENANCE}
+
+    def go_on(self, config: Mapping[str, Any], *, steps: int) -> None:
+        """Write down that the run goes on after so many steps, with a configuration that may have been changed."""
+        began = dict(self._read_content().get(PROVENANCE) or {})
+        again = {"started": _now(), "command": command_line(), "after": steps}
+        self._write_config(config, {**began, "resumed": [*began.get("resumed", []), again]})
+        for left in self.path.glob(".*.tmp"):
+            left.unlink()
+
+    def _read_content(self) -> dict[str, Any]:
+        if not self._is_ours():
+            raise UserError(f"{self.path} is no run of dppo: there is no {self.config_path.name} of it")
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(self.config_path))
+        except Exception as error:  # YAML's and OmegaConf's own kinds
+            raise UserError(f"{self.config_path} is damaged: {' '.join(str(error).split())[:200]}") from error
+        assert isinstance(content, dict)  # the first line of ours is followed by nothing else
+        return {str(key): value for key, value in content.items()}
+
+    def _write_config(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        content = OmegaConf.create({**config, PROVENANCE: dict(provenance)})
+        write_text(self.config_path, f"{HEADER}\n{OmegaConf.to_yaml(content)}")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the run while this context lasts.
+
+        Raises:
+            UserError: there is one at work in it.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UserError(
+                f"another process is at work in {self.path}; end it before going on with this run"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The closing numbers, or those so far; None where there are none yet, or they are damaged."""
+        try:
+            content = json.loads(self.summary_path.read_text())
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
 
     @property
     def config_path(self) -> Path:
@@ -137,13 +201,17 @@ def free_path(base: Path) -> Path:
 def provenance() -> dict[str, Any]:
     """Where this process runs: plain data, never fails. The host's name is left out on purpose."""
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": _now(),
         "command": command_line(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "git": _git(),
         "machine": _machine(),
     }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def command_line() -> str:
@@ -236,10 +304,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, meets the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_flushed(temporary, text.encode())
         temporary.replace(path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ class Limit:
 
     def seconds(self, action: np.ndarray) -> tuple[int, float]:
         """Environment steps, and how long they took."""
-        physics = self._native.get_state().physics
+        physics = self._native.get_state()["physics"]
         controls = np.repeat(action.astype(np.float64), self._frame_skip, axis=1)
         state = np.empty((*controls.shape[:2], physics["state"].shape[1]))
         began = time.perf_counter()

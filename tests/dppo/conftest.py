@@ -79,6 +79,12 @@ class PointEnv(gymnasium.Env[np.ndarray, Any]):
         self.target = self.np_random.uniform(-1, 1, 2).astype(np.float32)
         return self.target
 
+    def get_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "target": self.target.copy()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.target = state["steps"], state["target"].copy()
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         self.steps = 0
@@ -93,9 +99,16 @@ class PointEnv(gymnasium.Env[np.ndarray, Any]):
         return self._observe(), reward, False, self.steps >= self.length, {}
 
 
+class ClosedEnv(PointEnv):
+    """Does not tell its state."""
+
+    get_state = set_state = None  # type: ignore[assignment]
+
+
 if "Counting-v0" not in gymnasium.registry:
     gymnasium.register("Counting-v0", lambda **kwargs: CountingEnv(**kwargs))
     gymnasium.register("Point-v0", lambda **kwargs: PointEnv(**kwargs))
+    gymnasium.register("Closed-v0", lambda **kwargs: ClosedEnv(**kwargs))
 
 
 @pytest.fixture(autouse=True)

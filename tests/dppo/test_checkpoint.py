@@ -34,7 +34,7 @@ def test_a_checkpoint_holds_the_critic_the_optimisers_and_the_generators(small_p
     tensors = load_file(path / "trainer" / "state.safetensors")
     plain = json.loads((path / "trainer" / "state.json").read_text())
     assert torch.equal(tensors["critic/network.input.weight"], trainer.critic.network.input.weight)
-    assert torch.equal(tensors["actor_generator"], trainer.actor.generator.get_state())
+    assert torch.equal(tensors["actor/generator"], trainer.actor.generator.get_state())
     assert torch.equal(tensors["update_rule/generator"], trainer.update_rule.generator.get_state())
     assert torch.equal(tensors["estimator/reward_scaler/discounted"], trainer.estimator.discounting.scaler.discounted)
     rule = trainer.update_rule
@@ -71,7 +71,7 @@ def test_an_interrupted_save_leaves_nothing_under_the_final_name(small_policy, p
         raise KeyboardInterrupt
 
     path = tmp_path / "run" / "checkpoints" / "200"
-    monkeypatch.setattr(checkpoint, "_save_state", interrupted)
+    monkeypatch.setattr(checkpoint, "write_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, small_policy("gaussian"), point_task, {})
     assert not path.exists()
@@ -81,7 +81,7 @@ def test_an_interrupted_save_leaves_nothing_under_the_final_name(small_policy, p
 
 def test_an_interrupted_save_leaves_the_earlier_checkpoint_of_that_name(saved, small_policy, point_task, monkeypatch):
     before = {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
-    monkeypatch.setattr(checkpoint, "_save_state", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoint, "write_state", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(saved, small_policy("gaussian"), point_task, {})
     assert {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()} == before
@@ -94,7 +94,7 @@ def test_saving_again_replaces_the_checkpoint_and_what_an_interruption_left(save
     save_checkpoint(saved, small_policy("gaussian"), point_task, {"iteration": 2})
     assert load_policy(saved / "policy")[0].type == "gaussian"
     assert sorted(path.name for path in saved.parent.iterdir()) == ["100"]
-    assert sorted(path.name for path in saved.iterdir()) == ["policy", "trainer"]
+    assert sorted(path.name for path in saved.iterdir()) == ["manifest.json", "policy", "trainer"]
 
 
 # --- finding

@@ -1,16 +1,17 @@
+import errno
+import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
 import yaml
 
 from dppo import cli
-from dppo.checkpoint import find_policy
 from dppo.cli import COMMANDS, main
 from dppo.configuration import groups_of, options
+from dppo.stopping import Stopped
 
 Refused = Callable[..., str]
 
@@ -148,17 +149,28 @@ def test_the_program_itself_exits_with_the_status_and_without_a_traceback():
     assert result.stdout == ""
 
 
-def test_a_terminated_finetuning_keeps_what_it_learned(tmp_path):
-    """As a batch system ends jobs: with SIGTERM."""
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "dppo.cli", "finetune", "task=cartpole", f"run={run}", "video=false"]
-    process = subprocess.Popen([*command, "evaluation.episodes=1", "logger=none"], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "what was learned until then is in" in output
-    assert find_policy(str(run)).is_dir()
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_line_wherever_it_is_met(refused: Refused, monkeypatch, number):
+    def fail(*arguments: object) -> int:
+        raise OSError(number, os.strerror(number), "here/plot.png")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert refused("finetune") == f"error: here/plot.png could not be written: {os.strerror(number)}"
+
+
+def test_another_error_of_the_system_keeps_its_traceback(monkeypatch):
+    def fail(*arguments: object) -> int:
+        raise PermissionError(errno.EACCES, "no", "here")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    with pytest.raises(PermissionError):
+        main(["finetune"])
+
+
+def test_a_stopped_run_ends_with_the_signals_status_and_a_line(capsys, monkeypatch):
+    def stop(*arguments: object) -> int:
+        raise Stopped(signal.SIGTERM, "stopped by SIGTERM; all is saved")
+
+    monkeypatch.setattr(cli, "_run", stop)
+    assert main(["finetune"]) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; all is saved\n"

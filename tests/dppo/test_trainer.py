@@ -244,8 +244,9 @@ def test_the_state_holds_what_a_continued_training_would_need(make_trainer):
     trainer = make_trainer("diffusion")
     trainer.iterate()
     state = trainer.state_dict()
-    counters = {"iteration", "env_steps", "wall_clock_s"}
-    assert set(state) == {"anchor", "critic", "estimator", "update_rule", "actor_generator"} | counters
+    counters = {"iteration", "env_steps", "wall_clock_s", "first_steps"}
+    assert set(state) == {"anchor", "critic", "estimator", "update_rule", "actor", "randomness"} | counters
+    assert set(state["actor"]["environments"]) == {"state", "obs", "episodes"}
     assert set(state["update_rule"]) == {"actor_optimizer", "critic_optimizer", "surrogate", "speed", "generator"}
     assert (state["iteration"], state["env_steps"]) == (1, trainer.env_steps)
     assert state["update_rule"]["actor_optimizer"]["exp_avg"].any(), "the moments of Adam"

@@ -3,8 +3,6 @@
 N environments, To history, Ta executed chunk, Da action dimension, Do observation dimension.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -19,22 +17,9 @@ from dppo.envs.chunk import ChunkEnv
 from dppo.envs.infos import same_step_infos
 from dppo.envs.native.physics import Physics
 from dppo.envs.native.rules import Rules, later
+from dppo.envs.restoring import generator_of, generator_state
 from dppo.envs.seeds import seeds_of
 from dppo.envs.stepper import Step
-
-
-@dataclass(frozen=True)
-class VectorState:
-    """All that the future of N environments depends on, besides the actions."""
-
-    physics: dict[str, np.ndarray]
-    """[N, ...] each, see `Physics.save`."""
-    elapsed: np.ndarray
-    """[N] int64, environment steps of the running episodes."""
-    history: np.ndarray
-    """[N, To, Do] float32, the last observations."""
-    generators: list[Mapping[str, Any]]
-    """N states of bit generators, as numpy gives them: plain data."""
 
 
 class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -156,25 +141,35 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._begin(np.flatnonzero(ended))
         return final, step_rewards, steps, terminated, truncated
 
-    def get_state(self) -> VectorState:
-        """A copy of the whole state; put back, the environments do again what they did."""
-        return VectorState(
-            self._physics.save(),
-            self._elapsed.copy(),
-            self._history.copy(),
-            [generator.bit_generator.state for generator in self._generators],
-        )
+    def get_state(self) -> dict[str, Any]:
+        """A copy of the whole state, as plain data; put back, the environments do again what they did.
 
-    def set_state(self, state: VectorState) -> None:
-        """Go on from a state of `get_state`, of this or another instance for the same task and sizes."""
-        if state.history.shape != self._history.shape:
-            raise ValueError(f"the state has histories {state.history.shape}, these environments {self._history.shape}")
-        self._physics.restore(state.physics)
-        self._elapsed = state.elapsed.copy()
-        self._history = state.history.copy()
-        self._generators = [np.random.Generator(np.random.PCG64()) for _ in state.generators]
-        for generator, bits in zip(self._generators, state.generators, strict=True):
-            generator.bit_generator.state = bits
+        Returns:
+            physics: [N, ...] each, see `Physics.save`.
+            elapsed: [N] int64, environment steps of the running episodes.
+            history: [N, To, Do] float32, the last observations.
+            generators: N states of random generators.
+        """
+        return {
+            "physics": self._physics.save(),
+            "elapsed": self._elapsed.copy(),
+            "history": self._history.copy(),
+            "generators": [generator_state(generator) for generator in self._generators],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of `get_state`, of this or another instance for the same task and sizes.
+
+        Raises:
+            ValueError: the sizes are others.
+        """
+        theirs, ours = state["history"].shape, self._history.shape
+        if theirs != ours:
+            raise ValueError(f"the state has histories {theirs}, these environments {ours}")
+        self._physics.restore(state["physics"])
+        self._elapsed = state["elapsed"].copy()
+        self._history = state["history"].copy()
+        self._generators = [generator_of(bits) for bits in state["generators"]]
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads and close the environment that was copied."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from multiprocessing import Pipe
 from typing import Any
 
-from dppo.envs.workers.worker import Failure
+from dppo.envs.workers.worker import Failure, States
 from policies.errors import UserError
 
 GRACE_S = 3.0
@@ -72,7 +72,7 @@ class WorkerProcess:
         except ConnectionError:
             raise WorkerDiedError(self._obituary()) from None
 
-    def receive(self) -> Failure | None:
+    def receive(self) -> Failure | States | None:
         """Wait for what it has to say about the last message.
 
         Raises:

@@ -19,10 +19,11 @@ from gymnasium.vector.utils import batch_space
 
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.infos import same_step_infos
+from dppo.envs.restoring import envs_of
 from dppo.envs.seeds import seeds_of
 from dppo.envs.workers.process import WorkerDiedError, WorkerProcess, end_all
 from dppo.envs.workers.records import map_records, open_memory, record_type
-from dppo.envs.workers.worker import Assignment, Failure, Reset
+from dppo.envs.workers.worker import Assignment, Failure, Reset, States, Tell
 from policies.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -131,12 +132,33 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             infos["dropped"] = lost
         return results["obs"], results["reward"], terminated, truncated, infos
 
+    def get_state(self) -> dict[str, Any]:
+        """A copy of the whole state, as plain data: those of `ChunkEnv.get_state`, which see."""
+        states: dict[int, dict[str, Any]] = {}
+        while len(states) < self.num_envs:  # again where a process died, and another one knew nothing to tell
+            answers = self._ask([Tell()] * len(self._workers))
+            told = [answer.of for answer in answers if isinstance(answer, States)]
+            states = {row: state for of_worker in told for row, state in of_worker.items()}
+        return {"envs": [states[row] for row in range(self.num_envs)]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of `get_state`, of this or another instance for the same task and sizes.
+
+        Raises:
+            ValueError: there are more or fewer environments.
+        """
+        order, again = States(dict(enumerate(envs_of(state, self.num_envs)))), True
+        while again:  # where a process died, another one has begun new episodes
+            self._lost[:] = False
+            self._ask([order] * len(self._workers))
+            again = bool(self._lost.any())
+
     def close_extras(self, **kwargs: Any) -> None:
         """End the processes."""
         self._end()
 
-    def _ask(self, messages: Sequence[Any]) -> None:
-        """Give every worker its message, and wait until all have done what it says, or were replaced.
+    def _ask(self, messages: Sequence[Any]) -> list[States | None]:
+        """Give every worker its message, and wait until all have done what it says, or were replaced; their answers.
 
         Raises:
             ClosedEnvironmentError: the processes have been ended.
@@ -145,26 +167,29 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         if self.closed:
             raise ClosedEnvironmentError("the worker processes of these environments have been ended")
-        failures: list[Failure | None] = []
+        answers: list[Failure | States | None] = []
         try:
             for worker, message in zip(self._workers, messages, strict=True):
                 with suppress(WorkerDiedError):  # who cannot be told anything gives no answer either
                     worker.send(message)
             for index, message in enumerate(messages):
                 try:
-                    failures.append(self._workers[index].receive())
+                    answers.append(self._workers[index].receive())
                     if message is None:
                         self._deaths[index] = 0
                 except WorkerDiedError as error:
-                    failures.append(self._replace(index, error))
+                    answers.append(self._replace(index, error))
         except BaseException:  # also KeyboardInterrupt: answers that are still to come would be taken for later ones
             self.close()
             raise
-        for failure in failures:
-            if failure is not None:
-                raise _error(failure)
+        done: list[States | None] = []
+        for answer in answers:
+            if isinstance(answer, Failure):
+                raise _error(answer)
+            done.append(answer)
+        return done
 
-    def _replace(self, index: int, error: WorkerDiedError) -> Failure | None:
+    def _replace(self, index: int, error: WorkerDiedError) -> Failure | States | None:
         """Another process in place of one that has died, with new episodes if there were any.
 
         Raises:

@@ -34,7 +34,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Reset:
-    """The order to start episodes; the other order, to execute a chunk, is `None`."""
+    """The order to start episodes; that to execute a chunk is `None`."""
 
     seeds: dict[int, int | None]
     """By row; only the rows that are there are reset."""
@@ -42,8 +42,24 @@ class Reset:
 
 
 @dataclass(frozen=True)
+class Tell:
+    """The order to tell the states of the environments, which is answered with `States`."""
+
+
+@dataclass(frozen=True)
+class States:
+    """States of environments, also the order to go on from them."""
+
+    of: dict[int, dict[str, Any]]
+    """By row, as of `ChunkEnv.get_state`."""
+
+
+Order = Reset | Tell | States | None
+
+
+@dataclass(frozen=True)
 class Failure:
-    """An exception on its way to the process that trains; an order that was carried out is answered with `None`."""
+    """An exception on its way to the process that trains; any other order is answered with `None` when it is done."""
 
     row: int | None
     """The environment that raised; None: it was raised before there were any."""
@@ -76,17 +92,22 @@ class Block:
             warnings.simplefilter("ignore")  # the process that trains has made one, too, and warned once
             self._envs = [make() for _ in rows]
 
-    def carry_out(self, order: Reset | None) -> Failure | None:
-        """Reset the environments that `order` names, or have each execute its chunk."""
+    def carry_out(self, order: Order) -> Failure | States | None:
+        """Do in each environment what the order says."""
+        states: dict[int, dict[str, Any]] = {}
         for i, (row, env) in enumerate(zip(self._rows, self._envs, strict=True)):
             try:
                 if order is None:
                     self._step(i, env)
+                elif isinstance(order, Tell):
+                    states[row] = env.get_state()
+                elif isinstance(order, States):
+                    env.set_state(order.of[row])
                 elif row in order.seeds:
                     self._fields["obs"][i], _ = env.reset(seed=order.seeds[row], options=order.options)
             except BaseException as error:  # also SystemExit: the process that trains decides what becomes of it
                 return Failure.of(error, row)
-        return None
+        return States(states) if isinstance(order, Tell) else None
 
     def close(self) -> None:
         """Close the environments."""

@@ -1,3 +1,5 @@
+import os
+import signal
 from typing import Any
 
 import minari
@@ -8,6 +10,8 @@ import torch
 from dppo.commands import collect
 from dppo.commands.collect import PolicyDemonstrator
 from dppo.data.demos import load_episodes
+from dppo.stopping import Stopped
+from dppo.trainer import Trainer
 
 CARTPOLE = ("task=cartpole", "network.hidden_dims=[8]")
 
@@ -43,6 +47,19 @@ def test_the_seed_decides_the_demonstrations(command, tmp_path):
         actions.append(np.concatenate([episode.action for episode in load_episodes(dataset)]))
     np.testing.assert_array_equal(actions[0], actions[1])
     assert not np.array_equal(actions[0], actions[2])
+
+
+def test_an_expert_whose_training_is_stopped_is_saved_and_records_nothing(command, tmp_path, monkeypatch):
+    iterate = Trainer.iterate
+
+    def stopped(trainer: Trainer, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return iterate(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "iterate", stopped)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM; the expert is saved in .*/checkpoints/240 as it was"):
+        command("collect", *CARTPOLE, f"run={tmp_path / 'run'}", "demonstrator.expert.target_return=1e9")
+    assert minari.list_local_datasets() == {}
 
 
 # --- errors

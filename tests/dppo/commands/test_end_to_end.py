@@ -85,10 +85,11 @@ def test_every_run_directory_has_its_files_and_no_others(pipeline):
 
 
 def test_checkpoints_are_named_after_their_steps(pipeline):
-    # 3 environments for 20 steps; a checkpoint every second iteration, and one at the end.
-    assert names_in(pipeline.runs["finetune"] / "checkpoints") == {"120", "240", "300"}
-    assert names_in(pipeline.runs["pretrain"] / "checkpoints") == {"12"}
+    # 3 environments for 20 steps; a checkpoint every second iteration, and one at the end. The best one stays, too.
+    assert {"120", "240", "300", "best"} <= names_in(pipeline.runs["finetune"] / "checkpoints")
+    assert {"12", "best"} <= names_in(pipeline.runs["pretrain"] / "checkpoints")
     for path in pipeline.runs["finetune"].glob("checkpoints/*"):
+        assert names_in(path) == {"policy", "trainer", "manifest.json"}
         assert names_in(path / "policy") == {"config.json", "model.safetensors"}
         assert names_in(path / "trainer") == {"state.json", "state.safetensors"}
 

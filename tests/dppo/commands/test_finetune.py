@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dppo.checkpoint import load_policy, save_checkpoint
+from dppo.checkpoint import checkpoints_in, load_policy, save_checkpoint
 from dppo.commands import finetune
 from dppo.output.metrics import read_metrics
 from dppo.task import Task
@@ -34,7 +34,11 @@ def tune(command, point, tmp_path) -> Callable[..., tuple[Path, dict[str, Any]]]
 
 
 def last_checkpoint(run: Path) -> Path:
-    return max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    return checkpoints_in(run / "checkpoints")[0]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("kind", [SCRATCH, DIFFUSION], ids=["gaussian", "diffusion"])
@@ -156,12 +160,12 @@ def test_demonstrations_to_replay_that_are_not_there_are_one_line(refused, point
 def test_max_minutes_ends_the_training_after_its_first_iteration(tune):
     run, summary = tune("run", *SCRATCH, "env_steps=1_000_000", "max_minutes=1e-6")
     assert summary["env_steps"] == 60
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["60"]
+    assert names_in(run / "checkpoints") == {"0", "60", "best"}
 
 
-def test_without_intervals_there_is_one_checkpoint_at_the_end(tune):
-    run, _ = tune("run", *SCRATCH, "checkpoint_interval=0")
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["300"]
+def test_without_intervals_there_is_a_checkpoint_at_the_beginning_and_one_at_the_end(tune):
+    run, _ = tune("run", *SCRATCH, "checkpoint_interval=0", "checkpoint_minutes=0")
+    assert names_in(run / "checkpoints") == {"0", "300", "best"}
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
@@ -176,14 +180,16 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
     monkeypatch.setattr(Trainer, "iterate", interrupted)
 
 
-def test_an_interrupted_training_keeps_what_it_learned_and_what_it_was_worth_before(
-    tune, command, tmp_path, monkeypatch
+def test_an_interrupted_training_keeps_its_last_checkpoint_and_what_it_was_worth_before(
+    tune, command, tmp_path, monkeypatch, capsys
 ):
     stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        tune("run", *SCRATCH)
+        tune("run", *SCRATCH, "checkpoint_interval=2")
     run = tmp_path / "run"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["120"]
+    assert names_in(run / "checkpoints") == {"0", "120", "best"}
+    told = f"the last checkpoint is {run}/checkpoints/120; `dppo finetune resume={run}` goes on from it"
+    assert told in capsys.readouterr().out
     summary = json.loads((run / "summary.json").read_text())
     assert summary["before"]["episodes"] == 4
     assert summary["after"] is None
@@ -191,11 +197,11 @@ def test_an_interrupted_training_keeps_what_it_learned_and_what_it_was_worth_bef
     assert command("evaluate", f"checkpoint={run}", f"run={tmp_path / 'evaluated'}")["evaluation"]["episodes"] == 4
 
 
-def test_a_training_that_is_interrupted_at_once_leaves_no_checkpoint(tune, tmp_path, monkeypatch):
+def test_a_training_that_is_interrupted_at_once_leaves_what_it_began_with(tune, tmp_path, monkeypatch):
     stop_at(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt):
         tune("run", *SCRATCH)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert names_in(tmp_path / "run" / "checkpoints") == {"0", "best"}
 
 
 # --- errors

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from minari.data_collector import EpisodeBuffer
 from safetensors.torch import load_file
 
 from dppo.checkpoint import load_policy
+from dppo.cli import main
 from dppo.cloning import Cloner
+from dppo.commands import pretrain
+from dppo.configuration import compose_config, overridden_keys
 from dppo.output.metrics import read_metrics
 
 
@@ -103,7 +108,7 @@ def test_the_last_row_may_cover_fewer_updates(clone):
     assert [row["updates"] for row in read_metrics(run / "metrics.jsonl")] == [4, 6]
 
 
-def test_an_interrupted_cloning_keeps_what_it_learned(clone, tmp_path, monkeypatch):
+def test_an_interrupted_cloning_keeps_its_last_checkpoint(clone, tmp_path, monkeypatch):
     store()
     update = Cloner._update
 
@@ -114,9 +119,60 @@ def test_an_interrupted_cloning_keeps_what_it_learned(clone, tmp_path, monkeypat
 
     monkeypatch.setattr(Cloner, "_update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        clone("run", "policy=gaussian")
-    assert load_policy(tmp_path / "run" / "checkpoints" / "6" / "policy")[0].type == "gaussian"
+        clone("run", "policy=gaussian", "checkpoint_interval=1")
+    assert load_policy(tmp_path / "run" / "checkpoints" / "4" / "policy")[0].type == "gaussian"
     assert [row["updates"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [4]
+
+
+GAUSSIAN = ("policy=gaussian", "network.hidden_dims=[8,8,8]")
+TRANSFORMER = (*SMALL, "network=transformer", "network.width=8", "network.heads=2", "network.attention_dropout=0.1")
+
+
+@pytest.mark.parametrize("settings", [GAUSSIAN, TRANSFORMER], ids=["gaussian", "transformer with dropout"])
+def test_a_cloning_that_is_resumed_is_the_one_that_never_stopped(clone, tmp_path, monkeypatch, settings):
+    store()
+    settings = (*settings, "checkpoint_interval=1", "evaluation.interval=1", "updates=23", "batch_size=7")
+    clone("whole", *settings)
+    update = Cloner._update
+
+    def killed(cloner: Cloner) -> Any:
+        if cloner.updates == 14:  # of 23 in rows of 4: in the fourth one; windows are prepared for 16 at a time
+            raise RuntimeError("killed")
+        return update(cloner)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Cloner, "_update", killed)
+        clone("run", *settings)
+    resume = [f"resume={tmp_path / 'run'}"]
+    pretrain.run(compose_config("pretrain", resume), overridden_keys(resume))
+    found, wanted = (outcome(tmp_path / name) for name in ("run", "whole"))
+    assert found == wanted
+    assert len(wanted[0]) == 6
+
+
+def outcome(run: Path) -> tuple[Any, ...]:
+    """All that a run has to show, but for times."""
+    rows = [{key: v for key, v in row.items() if not key.endswith("_s")} for row in read_metrics(run / "metrics.jsonl")]
+    summary = json.loads((run / "summary.json").read_text())
+    weights = (run / "checkpoints" / "23" / "policy" / "model.safetensors").read_bytes()
+    return rows, weights, {key: value for key, value in summary.items() if not key.endswith("_s")}
+
+
+def test_a_finished_cloning_says_so(clone, capsys):
+    store()
+    run, summary = clone("run", "policy=gaussian")
+    assert main(["pretrain", f"resume={run}"]) == 0
+    assert f"{run} is finished, with 12 updates; updates=... larger than that trains on" in capsys.readouterr().out
+    assert json.loads((run / "summary.json").read_text()) == summary
+
+
+def test_a_cloning_is_not_resumed_with_other_demonstrations(clone, refused):
+    store()
+    run, _ = clone("run", "policy=gaussian")
+    shutil.rmtree(Path(os.environ["MINARI_DATASETS_PATH"]))
+    store(episodes=9)
+    assert "it learned from " in (message := refused("pretrain", f"resume={run}", "updates=20"))
+    assert message.endswith("; is the dataset another one?")
 
 
 # --- errors

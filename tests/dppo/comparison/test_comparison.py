@@ -162,6 +162,21 @@ def test_what_runs_is_stopped_when_the_comparison_is(tmp_path, shell):
     assert (tmp_path / "log").read_text().count("saved") == 2
 
 
+def test_a_run_that_was_stopped_goes_on_and_one_with_other_settings_starts_anew(tmp_path, shell):
+    shell(f'echo "$*" >> {tmp_path}/log')
+    for overrides in ([], ["env_steps=5"]):
+        runs = plan(config(tasks=["cartpole"], seeds=[0]), tmp_path / "out", overrides)[:1]
+        run_all(runs, processes=1, threads=1, extra=None, on_end=lambda *_: None)
+        (runs[0].path / "checkpoints" / "100").mkdir(parents=True, exist_ok=True)
+        run_all(runs, processes=1, threads=2, extra=None, on_end=lambda *_: None)
+    path = runs[0].path
+    fresh, gone_on, other, gone_on_again = (tmp_path / "log").read_text().splitlines()
+    assert f"task=cartpole algo=ppo seed=0 run='{path}' overwrite=true threads=1" in fresh
+    assert f"task=cartpole algo=ppo env_steps=5 seed=0 run='{path}' overwrite=true threads=1" in other
+    for command in (gone_on, gone_on_again):
+        assert command.endswith(f"dppo.cli finetune resume='{path}' threads=2")
+
+
 # --- the report
 
 

@@ -20,6 +20,7 @@ from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.spaces import Box
 from gymnasium.vector import SyncVectorEnv
 
+from dppo.envs.one_by_one import OneByOne
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env, sync_vector_env, worker_vector_env
 from dppo.envs.workers import process
@@ -348,6 +349,26 @@ def test_an_episode_that_is_lost_while_others_are_reset_is_dropped_in_the_next_s
     assert env.step(deeds(0, 0, 0, 0))[-1]["dropped"].tolist() == [False, False, False, True]
 
 
+def test_a_death_while_the_state_is_told_or_put_back_costs_no_more_than_the_episodes(worker_env):
+    env = worker_env(Task("point", "Point-v0"), num_envs=4)
+    env.reset(seed=3)
+    process = env._workers[1]._process
+    process.kill()
+    process.wait()
+    state = env.get_state()
+    assert len(state["envs"]) == 4
+    assert env.step(np.zeros((4, 1, 2), np.float32))[-1]["dropped"].tolist() == [False, False, True, True]
+    process = env._workers[0]._process
+    process.kill()
+    process.wait()
+    env.set_state(state)
+    found = env.step(np.zeros((4, 1, 2), np.float32))
+    assert "dropped" not in found[-1]
+    env.set_state(state)
+    expected = env.step(np.zeros((4, 1, 2), np.float32))
+    assert_same(found[0], expected[0], "the same step again")
+
+
 def test_a_stepper_has_no_transition_where_a_process_died(worker_env):
     stepper = Stepper(worker_env(num_envs=4))
     stepper.reset(0)
@@ -488,19 +509,19 @@ def test_slow_environments_get_workers(chosen):
 
 
 def test_environments_that_are_faster_than_an_exchange_share_this_process(chosen, counting_task):
-    assert chosen(counting_task, 8, threads=8) is SyncVectorEnv
+    assert chosen(counting_task, 8, threads=8) is OneByOne
 
 
 @pytest.mark.parametrize("settings", [{"threads": 1}, {"num_envs": 1, "threads": 2}])
 def test_one_processor_or_one_environment_needs_no_workers(chosen, settings):
-    assert chosen(**settings) is SyncVectorEnv
+    assert chosen(**settings) is OneByOne
 
 
 def test_an_environment_that_cannot_be_made_elsewhere_stays_in_this_process(chosen, monkeypatch, caplog):
     here = os.getpid()
     spec = EnvSpec("Bound-v0", lambda: FaultyEnv() if os.getpid() == here else fail(Mishap("bound to one process")))
     monkeypatch.setitem(gymnasium.registry, "Bound-v0", spec)
-    assert chosen(Task("bound", "Bound-v0"), threads=2) is SyncVectorEnv
+    assert chosen(Task("bound", "Bound-v0"), threads=2) is OneByOne
     assert "task bound: " in caplog.text and "bound to one process" in caplog.text
 
 
@@ -516,4 +537,4 @@ def test_a_process_that_dies_at_its_start_is_no_reason_to_make_the_environments_
 
 def test_an_environment_that_fails_when_it_is_tried_out_fails_where_it_is_used(chosen, monkeypatch):
     monkeypatch.setattr(FaultyEnv, "action_space", Box(MISHAP, MISHAP, (1,), np.float32))
-    assert chosen(threads=2) is SyncVectorEnv
+    assert chosen(threads=2) is OneByOne
