@@ -135,10 +135,10 @@ def test_a_cloning_that_is_resumed_is_the_one_that_never_stopped(clone, tmp_path
     clone("whole", *settings)
     update = Cloner._update
 
-    def killed(cloner: Cloner) -> Any:
+    def killed(cloner: Cloner, exercise: Any) -> Any:
         if cloner.updates == 14:  # of 23 in rows of 4: in the fourth one; windows are prepared for 16 at a time
             raise RuntimeError("killed")
-        return update(cloner)
+        return update(cloner, exercise)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(Cloner, "_update", killed)
