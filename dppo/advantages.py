@@ -16,6 +16,7 @@ def gae(
     *,
     gamma: float | Tensor,
     gae_lambda: float,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and lambda-returns, [T, N] each (Schulman et al. 2016).
 
@@ -27,9 +28,14 @@ def gae(
         truncated: [T, N] bool; cuts the lambda-sum but keeps the bootstrap.
         gamma: discount of what follows a row; of all of them, or [T, N].
         gae_lambda: lambda in [0, 1].
+        valid: [T, N] bool, False where a row is no transition; None: they all are. An episode that is dropped in such a
+            row is cut before it, like one that a time limit ends there: what came before is told the value of the
+            observation that the row begins with, which is ``next_values`` of the row before, and nothing of the row.
     """
     next_values = torch.where(terminated, 0.0, next_values)
     deltas = rewards + gamma * next_values - values
+    if valid is not None:
+        deltas = deltas.masked_fill(~valid, 0.0)
     carried = (gamma * gae_lambda * torch.ones_like(deltas)).masked_fill_(terminated | truncated, 0.0)
     advantages = torch.from_numpy(_discounted_sums(deltas.cpu().numpy(), carried.cpu().numpy())).to(deltas.device)
     return advantages, advantages + values
@@ -56,9 +62,15 @@ def normalized(advantages: Tensor) -> Tensor:
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
-def group_advantages(returns: Tensor, size: int) -> Tensor:
-    """[N]: returns of episodes, `normalized` in each consecutive group of so many (Shao et al. 2024, section 4.1.2)."""
-    return torch.cat([normalized(group) for group in returns.split(size)])
+def group_advantages(returns: Tensor, size: int, known: Tensor) -> Tensor:
+    """[N]: returns of episodes, `normalized` in each consecutive group of so many (Shao et al. 2024, section 4.1.2).
+
+    Those that are not ``known`` [N] are neither counted nor told anything: theirs are 0.
+    """
+    advantages = torch.zeros_like(returns)
+    for group, own, kept in zip(advantages.split(size), returns.split(size), known.split(size), strict=True):
+        group[kept] = normalized(own[kept])
+    return advantages
 
 
 def clipped_to_quantiles(values: Tensor, low: float, high: float) -> Tensor:

@@ -17,8 +17,8 @@ from dppo.data.demos import Episode, WindowDataset, check_dimensions, load_episo
 from dppo.envs.vector import Spaces, space_dims
 from dppo.estimators import AdvantageConfig
 from dppo.fitting import check_spaces, fitted
-from dppo.sources import Foreign, is_local
-from dppo.task import Task
+from dppo.sources import Foreign
+from dppo.task import Task, permitted
 from dppo.updates.config import UpdateConfig
 from dppo.updates.rules import CONFIGS
 from policies import DiffusionPolicy, ODEPolicy, Policy, UserError
@@ -41,20 +41,14 @@ def task_for(config: Plain, checkpoint: str, trained_for: Task | None, named: bo
     """The task of a configuration, if the user ``named`` it there; else that of the checkpoint.
 
     Raises:
-        UserError: the checkpoint says none, or comes from elsewhere and says one whose module would be imported.
+        UserError: the checkpoint says none, or one that imports a module which the user has not named.
     """
     if named:
         return build_task(config)
     if trained_for is None:
         raise UserError(f"{checkpoint} does not say which task it was trained for; name it: task=...")
-    files = [default_settings("task", name) for name in options("task")]
-    known = {content.get("task", content)["env_id"] for content in files}
-    if ":" in trained_for.env_id and trained_for.env_id not in known and not is_local(checkpoint):
-        raise UserError(
-            f"{checkpoint} is for {trained_for.env_id}, and no module is imported because a repository says so; if you "
-            f"trust it, name the task yourself: task=..."
-        )
-    return trained_for
+    composed = [] if config.get("task") is None else [build_task(config).env_id.rpartition(":")[0]]
+    return permitted(trained_for, checkpoint, [*composed, config["trust"]])
 
 
 def build_policy(config: Plain, spaces: Spaces, **changes: Any) -> Policy:

@@ -17,8 +17,9 @@ from dppo.output.metrics import Row
 from dppo.precision import Precision, computing_in
 from dppo.threads import single_thread
 from dppo.updates.batch import split
+from dppo.updates.faults import evidence_of
 from dppo.updates.flat import FlatParameters
-from dppo.updates.gradient import GradientStep
+from dppo.updates.gradient import MeanGradient
 from dppo.updates.objective import Objective, Rows
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.schedule import schedule_factor
@@ -83,8 +84,8 @@ class Cloner:
         """The policy with averaged weights; it is evaluated only, and drops nothing."""
         self.average = FlatParameters(self.averaged.parameters()).values
         """[P], the weights themselves."""
-        objective = Objective[tuple[Tensor, ...]](policy, self._rows)
-        self._step = GradientStep(objective, self.optimizer, threads=torch.get_num_threads(), checked=False)
+        objective = self._objective = Objective[tuple[Tensor, ...]](policy, self._rows)
+        self._gradient = MeanGradient(objective, self.optimizer.parameters, threads=torch.get_num_threads())
         seeds = [int(value) for value in np.random.SeedSequence(seed).generate_state(3)]
         self.generator = torch.Generator(self.device).manual_seed(seeds[0])
         self.validation_seed = seeds[1]
@@ -104,30 +105,40 @@ class Cloner:
     def run(self, updates: int, on_update: Callable[[int], None] = lambda updates: None) -> Row:
         """Up to ``updates`` more gradient steps; a row of metrics about them.
 
+        Steps whose loss or gradient is not finite are skipped. That is decided where the numbers are, and looked at
+        once, in the end: no step waits for it.
+
         Raises:
-            UserError: the loss is not finite.
+            NotFiniteError: too many updates in a row were skipped, up to the last one.
         """
         began = time.perf_counter()
         updates = min(updates, self.config.updates - self.updates)
-        losses = []
+        losses, taken = [], []
         for _ in range(updates):
-            losses.append(self._update())
+            exercise = self._next()
+            loss, finite = self._update(exercise)
+            losses.append(loss)
+            taken.append(finite)
             on_update(1)
-        train_loss = float(torch.stack(losses).mean())
-        if not np.isfinite(train_loss):
-            raise UserError(f"the imitation loss became {train_loss}; lower learning_rate")
+        kept = torch.stack(losses)[torch.stack(taken)]
+        self.optimizer.skips.count(
+            torch.stack(taken).tolist(),
+            lambda: evidence_of(self._objective, self.optimizer.parameters, exercise),
+        )
         self.wall_clock_s += time.perf_counter() - began
         return {
             "updates": self.updates,
             "epoch": self.updates * self.batch_size / len(self.train),
             "wall_clock_s": self.wall_clock_s,
             "updates_per_s": updates / (time.perf_counter() - began),
-            "train_loss": train_loss,
+            "train_loss": float(kept.mean()) if len(kept) else None,
+            "skipped_updates": self.optimizer.skips.since_last(),
             "validation_loss": self._validation_loss(),
             "learning_rate": self.optimizer.learning_rate,
         }
 
-    def _update(self) -> Tensor:
+    def _update(self, exercise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The loss of a step, and whether it was taken: scalars that nobody has waited for."""
         factor = schedule_factor(
             "cosine",
             (self.updates + 1) / self.config.updates,
@@ -135,12 +146,17 @@ class Cloner:
             final=self.config.final_learning_rate_share,
         )
         self.optimizer.learning_rate = factor * self.config.learning_rate
-        if not self.prepared:
-            self._prepare()
-        (losses,), _ = self._step(self.prepared.pop(0))
+        gradient, (losses,) = self._gradient(exercise)
+        loss = losses.mean()
+        taken = self.optimizer.step_if_finite(gradient, loss)
         self.average.lerp_(self.optimizer.parameters.values, 1.0 if self.updates == 0 else 1 - self.config.ema_decay)
         self.updates += 1
-        return losses.mean()
+        return loss, taken
+
+    def _next(self) -> tuple[Tensor, ...]:
+        if not self.prepared:
+            self._prepare()
+        return self.prepared.pop(0)
 
     def _prepare(self) -> None:
         """Cut out and corrupt the windows of some updates at once: so many small operations fewer in each."""

@@ -203,6 +203,7 @@ class GAE:
             unrolled(rollout.truncated, False),
             gamma=unrolled(discounts, 1.0),
             gae_lambda=self.gae_lambda,
+            valid=None if rollout.valid.all() else unrolled(rollout.valid, rollout.valid[..., None]),
         )
         advantages, returns = (column.unflatten(0, (-1, layers)).transpose(1, 2) for column in found)
         if self.critic is None:
@@ -253,7 +254,7 @@ class GroupRelative:
 
     def estimate(self, rollout: Rollout, values: Values | None) -> Estimate:
         returns = torch.where(rollout.valid, rollout.rewards, 0.0).sum(0)  # [N]
-        advantages = group_advantages(returns, self.size)
+        advantages = group_advantages(returns, self.size, rollout.valid.any(0))
         return Estimate(advantages.expand_as(rollout.rewards)[..., None], None, None)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from dppo.task import Task
 from dppo.threads import single_thread
 from policies import Policy, UserError
 from policies.config import config_from_dict
+
+log = logging.getLogger(__name__)
 
 LONGEST_EPISODE = 100_000
 """Environment steps after which an episode without an end is given up."""
@@ -61,7 +64,14 @@ def evaluate(
     config: EvaluationConfig,
     on_episode: Callable[[EpisodeResult], None] = lambda episode: None,
 ) -> tuple[EvaluationSummary, list[EpisodeResult]]:
-    """Run the deterministic policy; its summary and the episodes, in order of environment, then time."""
+    """Run the deterministic policy; its summary and the episodes, in order of environment, then time.
+
+    An episode that had to be dropped (see `dppo.envs.stepper.Step.dropped`) is neither a failure nor a success, since
+    what it would have come to is not known: another one takes its place, and the summary says how many there were.
+
+    Raises:
+        UserError: an episode goes on forever, or more episodes were dropped than are wanted.
+    """
     num_envs = min(config.num_envs, config.episodes)
     quota = -(-config.episodes // num_envs)
     device = next(policy.parameters()).device
@@ -73,6 +83,7 @@ def evaluate(
         generator=torch.Generator(device).manual_seed(config.seed),
     )
     episodes: list[list[EpisodeResult]] = [[] for _ in range(num_envs)]
+    dropped = 0
     with closing(actor.env), single_thread():
         actor.reset(config.seed)
         while any(len(of_env) < quota for of_env in episodes):
@@ -81,13 +92,22 @@ def evaluate(
                     f"task {task.name}: an episode has gone on for more than {LONGEST_EPISODE:,} steps; set "
                     f"task.max_episode_steps"
                 )
-            for episode in actor.act(policy, deterministic=True).episodes:
+            acted = actor.act(policy, deterministic=True)
+            dropped += sum(len(episodes[env]) < quota for env in np.flatnonzero(acted.step.dropped))
+            if dropped > num_envs * quota:
+                raise UserError(
+                    f"task {task.name}: {dropped} episodes were dropped, since an observation or a reward was not "
+                    f"finite or a process died; that is more than are to be evaluated"
+                )
+            for episode in acted.episodes:
                 if len(episodes[episode.env]) < quota:
                     episodes[episode.env].append(episode)
                     on_episode(episode)
     ordered = [episode for of_env in episodes for episode in of_env]
     successes = None if task.success_reward is None else np.array([episode.success for episode in ordered])
-    return summarize(np.array([episode.undiscounted_return for episode in ordered]), successes), ordered
+    if dropped:
+        log.warning("task %s: %d further episodes were dropped, and replaced by others", task.name, dropped)
+    return summarize(np.array([episode.undiscounted_return for episode in ordered]), successes, dropped), ordered
 
 
 def evaluate_with_progress(

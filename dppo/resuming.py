@@ -14,13 +14,14 @@ from dppo.configuration import groups_of
 from dppo.output.metrics import cut_back
 from dppo.output.run_directory import RunDirectory
 from dppo.states import STATE_NAME, check_state, read_state
+from dppo.task import Task, permitted
 from policies import Policy, UserError
-from policies.config import near_misses
+from policies.config import config_from_dict, near_misses
 
 _ALWAYS = ("checkpoint_interval", "checkpoint_minutes", "keep_checkpoints", "evaluation.interval")
 CHANGEABLE = {
-    "finetune": ("env_steps", "max_minutes", *_ALWAYS, "threads", "device", "logger", "video"),
-    "pretrain": ("updates", *_ALWAYS, "threads", "device", "logger", "video"),
+    "finetune": ("env_steps", "max_minutes", *_ALWAYS, "threads", "device", "logger", "video", "trust"),
+    "pretrain": ("updates", *_ALWAYS, "threads", "device", "logger", "video", "trust"),
 }
 """Settings of each command that a run that goes on may be given anew."""
 
@@ -92,8 +93,9 @@ def resumed_run(
     held.enter_context(directory.held())
     new = {key: copy.deepcopy(value) for key, value in config.items() if key not in groups_of(command)}
     merged = {**new, **stored, "run": str(directory.path), "resume": None}  # new: settings that it has not known yet
-    for key in changed:
+    for key in {*changed, "trust"}:  # which is the user's own, and not the file's
         _copy_setting(key.split("."), config, merged)
+    permitted(config_from_dict(Task, merged["task"], "task"), str(directory.config_path), [merged["trust"]])
     checkpoint = latest_checkpoint(directory.checkpoints)
     if checkpoint is None:
         print(f"{directory.path} has no checkpoint to go on from: it starts anew from its configuration", flush=True)

@@ -44,7 +44,7 @@ class EpisodeTracker:
         self.successes = np.zeros(num_envs, dtype=bool)
 
     def update(self, step: Step) -> list[EpisodeResult]:
-        """Take in one chunk step; the episodes that it ended."""
+        """Take in one chunk step; the episodes that it ended, without those that were dropped."""
         self.returns += np.add.reduce(step.step_rewards, axis=1)
         self.lengths += step.steps
         if self.success_reward is not None:
@@ -53,8 +53,9 @@ class EpisodeTracker:
         finished: list[EpisodeResult] = []
         ended = step.terminated | step.truncated
         for i in np.flatnonzero(ended) if ended.any() else ():
-            success = None if self.success_reward is None else bool(self.successes[i])
-            finished.append(EpisodeResult(int(i), float(self.returns[i]), int(self.lengths[i]), success))
+            if not step.dropped[i]:
+                success = None if self.success_reward is None else bool(self.successes[i])
+                finished.append(EpisodeResult(int(i), float(self.returns[i]), int(self.lengths[i]), success))
             self.returns[i], self.lengths[i], self.successes[i] = 0.0, 0, False
         return finished
 
@@ -133,6 +134,10 @@ class Rollout:
     """Environment steps executed."""
     environment_s: float
     """Wall-clock that the environments took."""
+    dropped_episodes: int
+    """Episodes that were given up, see `Step.dropped`."""
+    worker_restarts: int
+    """Worker processes that died and were replaced."""
 
     @property
     def rewards(self) -> Tensor:
@@ -267,9 +272,12 @@ def collect_episodes(
 ) -> Rollout:
     """The episode of each environment until its end, or until ``steps`` chunk steps are over; the rest is not valid.
 
-    See `collect_rollout`; there are fewer steps where all of the episodes are shorter.
+    Nor is an episode that was dropped: what it would have come to is not known. See `collect_rollout`; there are fewer
+    steps where all of the episodes are shorter.
     """
     explorer = explorer_in_parts(policy, actor.env.num_envs, actor.threads)
+
+    whole = np.ones(actor.env.num_envs, dtype=bool)
 
     def acts() -> Iterator[Explored]:
         running = np.ones(actor.env.num_envs, dtype=bool)
@@ -277,11 +285,13 @@ def collect_episodes(
             acted = actor.explore(policy, explorer)
             step = replace(acted.step, valid=acted.step.valid & running)
             yield replace(acted, step=step, episodes=[each for each in acted.episodes if running[each.env]])
+            np.logical_and(whole, ~(running & step.dropped), out=whole)
             running = running & ~(step.terminated | step.truncated)
             if not running.any():
                 return
 
-    return _collect(actor, acts(), explorer, on_step, storage)
+    rollout = _collect(actor, acts(), explorer, on_step, storage)
+    return replace(rollout, valid=rollout.valid & torch.from_numpy(whole).to(rollout.valid.device))
 
 
 @single_thread()
@@ -291,6 +301,7 @@ def _collect(
     outcomes: list[Step] = []
     episodes: list[EpisodeResult] = []
     environment_s = 0.0
+    restarts = actor.env.restarts
     waiting: list[Explored] = []
     with torch.inference_mode():
         for acted in acts:
@@ -323,4 +334,6 @@ def _collect(
         episodes=episodes,
         env_steps=int(steps.sum()),
         environment_s=environment_s,
+        dropped_episodes=sum(int(step.dropped.sum()) for step in outcomes),
+        worker_restarts=actor.env.restarts - restarts,
     )

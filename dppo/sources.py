@@ -81,11 +81,6 @@ def located(source: str) -> Path | None:
     return hub.download(repository, wanted) / repository.file
 
 
-def is_local(source: str) -> bool:
-    """Whether it lies here, as opposed to on the Hub."""
-    return hub.parse(source) is None or Path(source).expanduser().exists()
-
-
 def is_foreign(path: Path) -> bool:
     """Whether another project's reader is the one for it."""
     return path.is_file() or lerobot.is_lerobot(path)

@@ -30,6 +30,8 @@ class EvaluationSummary:
     """Share of episodes in [0, 1]; None for a task without a notion of success."""
     success_ci95: Interval | None
     episodes: int
+    dropped_episodes: int = 0
+    """Further episodes that were given up, and are in no other number: see `dppo.evaluation.evaluate`."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as ``summary.json`` holds it; intervals are lists [lo, hi]."""
@@ -47,13 +49,14 @@ class EvaluationSummary:
 
 
 def summarize(
-    returns: Sequence[float] | np.ndarray, successes: Sequence[bool] | np.ndarray | None
+    returns: Sequence[float] | np.ndarray, successes: Sequence[bool] | np.ndarray | None, dropped: int = 0
 ) -> EvaluationSummary:
     """Summarize episodes.
 
     Args:
         returns: [episodes] undiscounted sums of rewards.
         successes: [episodes], or None for a task without a notion of success.
+        dropped: how many further ones were given up.
 
     Raises:
         ValueError: no episode, or as many returns as not successes.
@@ -68,6 +71,7 @@ def summarize(
         success_rate=None if successes is None else float(np.mean(successes)),
         success_ci95=None if successes is None else success_ci95(sum(map(bool, successes)), len(successes)),
         episodes=len(returns),
+        dropped_episodes=dropped,
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib
 import io
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,17 @@ from gymnasium.envs.registration import EnvSpec
 
 from policies.errors import UserError
 
+KNOWN_MODULES = ("gymnasium", "gymnasium_robotics")
+"""Packages that are installed with this one, and may be imported because a checkpoint says so."""
+
 
 @dataclass(frozen=True)
 class Task:
     """One learning problem.
 
     Raises:
-        UserError: `max_episode_steps` is not positive, or `env_kwargs` sets what is set elsewhere.
+        UserError: the name is none for a path, `max_episode_steps` is not positive, or `env_kwargs` sets what is set
+            elsewhere.
     """
 
     name: str
@@ -43,6 +48,8 @@ class Task:
     """Likewise, of the action. None: it is one part, "action"."""
 
     def __post_init__(self) -> None:
+        if not self.name.isprintable() or self.name in ("", ".", "..") or {"/", "\\"} & set(self.name):
+            raise UserError(f"a task's name becomes part of paths, and cannot be {self.name!r}")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise UserError(f"task {self.name}: max_episode_steps must be at least 1, got {self.max_episode_steps}")
         for name in ("max_episode_steps", "render_mode", "disable_env_checker"):  # gymnasium.make's own arguments
@@ -62,6 +69,36 @@ class Task:
         if spec is None:
             raise UserError(f"task {self.name}: gymnasium has no environment {env_id!r}; {_suggestion(env_id)}")
         return spec
+
+
+def trust_of(task: Task) -> str:
+    """What a command line has to say so that the task is `permitted`, after a space; nothing, where it is anyway."""
+    module = task.env_id.rpartition(":")[0]
+    return f" trust={module}" if module and module.split(".")[0] not in KNOWN_MODULES else ""
+
+
+def permitted(task: Task, where: str, modules: Collection[str]) -> Task:
+    """A task that a file describes, if it imports nothing that nobody but the file has named.
+
+    To import a module is to run it, and whoever writes a checkpoint can name any.
+
+    Args:
+        task: as the file says.
+        where: the file, for the message.
+        modules: what the user has named himself.
+
+    Raises:
+        UserError: the environment is of another module, or of one of Gymnasium's ids that import what they are told.
+    """
+    module, _, env_id = task.env_id.rpartition(":")
+    if trust_of(task) and module not in modules:
+        raise UserError(
+            f"{where} asks for an environment of the module {module!r}, which would be imported and so run; if you "
+            f"trust it, add{trust_of(task)}"
+        )
+    if env_id.startswith("GymV"):
+        raise UserError(f"{where} asks for {env_id}, which imports what it is told; it is not run from a file")
+    return task
 
 
 def _suggestion(env_id: str) -> str:

@@ -133,6 +133,11 @@ class Trainer:
         self._anneal()
         steps = self.config.rollout_steps
         rollout = self.estimator.collect(self.actor, self.policy, steps, on_step, self.storage)
+        if not rollout.valid.any():
+            raise UserError(
+                f"task {self.task.name}: all {rollout.dropped_episodes} episodes of this iteration were dropped, since "
+                f"an observation or a reward was not finite or a process died; there is nothing to learn from"
+            )
         collected = time.perf_counter()
         of_anchor: dict[str, float] = {}
         if isinstance(self.anchor, KLReward):
@@ -153,6 +158,8 @@ class Trainer:
             "wall_clock_s": self.wall_clock_s,
             "env_steps_per_s": rollout.env_steps / (now - began),
             **_episode_metrics(rollout.episodes),
+            "dropped_episodes": rollout.dropped_episodes,
+            "worker_restarts": rollout.worker_restarts,
             **metrics,
             **of_anchor,
             "environment_s": rollout.environment_s,

@@ -16,6 +16,7 @@ import policies
 from policies import hub
 from policies.card import model_card
 from policies.errors import UserError
+from policies.seal import SEAL, check_seal, sealed
 from policies.skeleton import check_shapes, shapes_of, skeleton
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ CARD_NAME = "README.md"
 
 def save(policy: Policy, directory: Path, name: str | None = None) -> None:
     """Write a policy; ``name`` is what its card calls it, by default the directory."""
-    content = {"type": policy.type, **dataclasses.asdict(policy.config), "metadata": policy.metadata}
-    config = json.dumps(content, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
     weights = {key: tensor.contiguous() for key, tensor in policy.state_dict().items()}
     save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    content = {"type": policy.type, **dataclasses.asdict(policy.config), "metadata": policy.metadata}
+    config = json.dumps(sealed(content, directory / WEIGHTS_NAME), indent=2) + "\n"
+    (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
     (directory / CARD_NAME).write_text(model_card(policy, name or directory.name), encoding="utf-8")
 
 
@@ -51,7 +52,7 @@ def load(directory: Path) -> Policy:
     """The policy in a directory, on the CPU.
 
     Raises:
-        UserError: a file that is missing, cut short, or does not fit the configuration.
+        UserError: a file that is missing, damaged, or does not fit the configuration.
     """
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     for path in (config_path, weights_path):
@@ -61,6 +62,8 @@ def load(directory: Path) -> Policy:
         content = json.loads(config_path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{config_path} is not valid JSON: {error}") from error
+    seal = content.pop(SEAL, None) if isinstance(content, dict) else None
+    told = dict(content) if isinstance(content, dict) else {}
     metadata = content.pop("metadata", {}) if isinstance(content, dict) else None
     if not isinstance(metadata, dict):
         raise UserError(f"{config_path} is not a policy configuration: it, and its metadata, must be JSON objects")
@@ -69,6 +72,7 @@ def load(directory: Path) -> Policy:
     check_shapes(wanted, _shapes_in(weights_path, unfit), unfit)
     policy = policies.Policy.from_config(content)
     policy.load_state_dict(load_file(weights_path))
+    check_seal(seal, told, config_path, weights_path)
     policy.metadata = metadata
     return policy
 

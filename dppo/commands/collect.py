@@ -16,6 +16,7 @@ from dppo.data import minari_store
 from dppo.data.recording import Demonstrator, check_storable, record
 from dppo.envs.maze import WaypointController
 from dppo.envs.vector import make_plain_env
+from dppo.output.evidence import evidence_kept
 from dppo.output.metrics import MetricsLogger
 from dppo.output.report import Progress, final_table
 from dppo.output.run_directory import RunDirectory, write_json
@@ -149,7 +150,8 @@ def _train_expert(
     reached = -np.inf
     try:
         sinks = build_sinks(config, directory, "env_steps")
-        with Stop() as stop, MetricsLogger(directory, sinks) as logger, Progress(env_steps, "env_steps") as progress:
+        logging, bar = MetricsLogger(directory, sinks), Progress(env_steps, "env_steps")
+        with Stop() as stop, evidence_kept(directory), logging as logger, bar as progress:
             while not trainer.finished and reached < target_return and stop.asked is None:
                 row = trainer.iterate(progress.advance)
                 logger.log(row)

@@ -21,6 +21,7 @@ from dppo.building import (
 )
 from dppo.checkpoint import POLICY, load_policy, save_checkpoint, source_of
 from dppo.evaluation import evaluate_with_progress, evaluation_settings
+from dppo.output.evidence import evidence_kept
 from dppo.output.metrics import MetricsLogger, read_metrics
 from dppo.output.plots import learning_curve
 from dppo.output.report import Progress, bar, final_table
@@ -32,6 +33,7 @@ from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.saving import CheckpointConfig, Checkpoints, checkpoint_settings
 from dppo.statistics import EvaluationSummary
 from dppo.stopping import Stop
+from dppo.task import trust_of
 from dppo.threads import threads_in_words
 from dppo.trainer import Trainer, TrainerConfig
 from policies.config import config_from_dict
@@ -114,7 +116,7 @@ class Finetuning:
         self.before: EvaluationSummary | None = None
         """None: it has not begun."""
         self._warned = False
-        self.command = f"dppo finetune resume={directory.path}"
+        self.command = f"dppo finetune resume={directory.path}{trust_of(trainer.task)}"
         """That goes on with it."""
         self.checkpoints = Checkpoints(directory.checkpoints, settings, self._save, go_on=f"`{self.command}`")
 
@@ -134,7 +136,7 @@ class Finetuning:
         """
         began = None if self.before is None else self.trainer.env_steps
         sinks = build_sinks(self.config, self.directory, "env_steps", began)
-        with Stop() as stop, MetricsLogger(self.directory, sinks) as logger:
+        with Stop() as stop, evidence_kept(self.directory), MetricsLogger(self.directory, sinks) as logger:
             videos: dict[str, Path] = {}
             if self.before is None:
                 self.before = self._evaluate("before")

@@ -16,6 +16,7 @@ from dppo.cloning import Cloner, CloningConfig
 from dppo.data.demos import WindowDataset, bounds, split_by_episode
 from dppo.envs.vector import space_dims
 from dppo.evaluation import evaluate_with_progress, evaluation_settings
+from dppo.output.evidence import evidence_kept
 from dppo.output.metrics import MetricsLogger, read_metrics
 from dppo.output.plots import pretraining_curve
 from dppo.output.report import Progress, final_table
@@ -27,7 +28,7 @@ from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.saving import CheckpointConfig, Checkpoints, checkpoint_settings
 from dppo.statistics import EvaluationSummary
 from dppo.stopping import Stop
-from dppo.task import Task
+from dppo.task import Task, trust_of
 from dppo.threads import threads_in_words
 from policies import Policy, UserError
 from policies.config import config_from_dict
@@ -98,7 +99,7 @@ class Cloning:
         self.task = task
         self.directory = directory
         self.evaluation, self.evaluation_interval = evaluation_settings(config)
-        self.command = f"dppo pretrain resume={directory.path}"
+        self.command = f"dppo pretrain resume={directory.path}{trust_of(task)}"
         """That goes on with it."""
         self.checkpoints = Checkpoints(directory.checkpoints, settings, self._save, go_on=f"`{self.command}`")
 
@@ -109,7 +110,7 @@ class Cloning:
             Stopped: by a signal, between two rows of metrics.
         """
         sinks = build_sinks(self.config, self.directory, "updates", self.cloner.updates or None)
-        with Stop() as stop, MetricsLogger(self.directory, sinks) as logger:
+        with Stop() as stop, evidence_kept(self.directory), MetricsLogger(self.directory, sinks) as logger:
             self._train(logger, stop)
             stop.check(f"all is saved, and `{self.command}` goes on")
             result = self._evaluate()

@@ -61,12 +61,13 @@ def load_episodes(dataset: str, *, hint: str = "") -> list[Episode]:
         hint: how to get the dataset otherwise, for the error message, e.g. "build it with `dppo collect task=hopper`".
 
     Raises:
-        UserError: no such dataset, an unreadable or empty one, or one whose content cannot be learnt from (pixels, an
-            episode without steps, NaN or inf).
+        UserError: no such dataset, an unreadable, damaged or empty one, or one whose content cannot be learnt from
+            (pixels, an episode without steps, NaN or inf).
     """
     if not minari_store.is_stored(dataset):
         minari_store.download(dataset, hint)
     path = minari_store.dataset_path(dataset)
+    minari_store.check(path)
     try:
         stored = MinariDataset(path / "data")
         space = _observation_space(path, stored)

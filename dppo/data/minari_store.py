@@ -6,6 +6,7 @@ finished. Here everything is written into a hidden staging folder first and then
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -22,9 +23,13 @@ from minari.storage import get_dataset_path
 from minari.storage.remotes import DEFAULT_REMOTE
 
 from policies.errors import UserError
+from policies.seal import sha256_of
 
 LOCAL_NAMESPACE = "dppo"
 """Datasets of this namespace, and of none, are never looked for on the public hub."""
+
+CHECKSUMS = "sha256.json"
+"""A file in a dataset's folder: the SHA-256 of each file of the dataset by its path. Minari itself has none."""
 
 PROBE_SECONDS = 5.0
 """How long the hub may take to answer at all."""
@@ -56,6 +61,33 @@ def is_stored(dataset_id: str) -> bool:
     if path.exists() and not (path / "data").is_dir():
         raise UserError(f"{path} exists but is no Minari dataset; move it away or choose another id than {dataset_id}")
     return path.exists()
+
+
+def seal(path: Path) -> None:
+    """Note down the checksums of a dataset's files beside them, for `check`."""
+    files = sorted(file for file in (path / "data").rglob("*") if file.is_file())
+    listed = {str(file.relative_to(path)): sha256_of(file) for file in files}
+    (path / CHECKSUMS).write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def check(path: Path) -> None:
+    """Compare a dataset's files with the checksums that `seal` wrote; one without them is left unchecked.
+
+    Raises:
+        UserError: a file is another, or missing.
+    """
+    if not (path / CHECKSUMS).is_file():
+        return
+    try:
+        listed = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        wrong = [name for name, digest in listed.items() if sha256_of(path / name) != digest]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path / CHECKSUMS} is damaged, or a file that it lists is missing: {error}") from error
+    if wrong or not listed:
+        raise UserError(
+            f"{path / (wrong or [CHECKSUMS])[0]} is damaged or was changed: its checksum is not the one in "
+            f"{CHECKSUMS}; get the dataset again, or remove {path / CHECKSUMS} if you changed it on purpose"
+        )
 
 
 @contextmanager

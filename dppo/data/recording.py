@@ -83,6 +83,7 @@ def record(
             advance(amount)
             done += amount
         writer.flush()
+        minari_store.seal(staged / dataset_id)
         minari_store.publish(staged, dataset_id, overwrite=overwrite)
     return minari.load_dataset(dataset_id)
 

@@ -33,12 +33,23 @@ class Step:
     truncated: np.ndarray
     """[N] bool, False where terminated is True."""
     valid: np.ndarray
-    """[N] bool. False where NEXT_STEP mode only reset the environment: no transition happened there, its rewards and
-    steps are zero, and its row belongs in no buffer."""
+    """[N] bool. False where NEXT_STEP mode only reset the environment, or where the episode was dropped: no transition
+    happened there, its rewards and steps are zero, and its row belongs in no buffer."""
+    dropped: np.ndarray
+    """[N] bool. True where an episode was given up, because a value was not finite or its process died. It is cut
+    before this step, at the observation that the action was taken on, which is the last good one: so ``truncated`` is
+    set, but ``valid`` is not, and what came of the action is nowhere."""
+
+
+LARGEST = float(np.finfo(np.float32).max)
+RESETS = 5
+"""How often an environment may begin with an observation that is not finite, in a row."""
 
 
 class Stepper:
     """Steps a vector environment of `ChunkEnv`s and reports the same transitions in every autoreset mode.
+
+    An episode in which an observation or a reward is not finite is dropped (see `Step.dropped`), and a new one begins.
 
     Raises:
         ValueError: on construction, if the environments are not `ChunkEnv`s or the autoreset mode is not declared.
@@ -64,6 +75,11 @@ class Stepper:
         return self.env.num_envs
 
     @property
+    def restarts(self) -> int:
+        """How often a worker process of the environments has died and been replaced."""
+        return getattr(self.env, "restarts", 0)
+
+    @property
     def stepped(self) -> str:
         """How the environments are stepped, for people to read."""
         return getattr(self.env, "stepped", "one after the other")
@@ -75,13 +91,11 @@ class Stepper:
             Observations [N, To, Do] float32.
 
         Raises:
-            UserError: an observation is not finite.
+            UserError: an environment begins with an observation that is not finite, again and again.
         """
         obs, _ = self.env.reset(seed=seed)  # type: ignore[arg-type]  # all vector environments take a list, too
         self._resets_next = np.zeros(self.num_envs, bool)
-        obs = np.array(obs, np.float32)
-        _require_finite(obs, "observation")
-        return obs
+        return self._begun(np.array(obs, np.float32), np.zeros(self.num_envs, bool))
 
     def step(self, action: np.ndarray) -> Step:
         """Execute one chunk in every environment.
@@ -90,15 +104,49 @@ class Stepper:
             action: [N, Ta, Da] in environment units (Discrete: [N] integers).
 
         Raises:
-            UserError: an action, an observation or a reward is not finite.
+            UserError: an action is not finite, or an environment begins with an observation that is not, again and
+                again.
         """
         _require_finite(action, "action")
         step = self._through_gymnasium(action) if self._directly is None else self._directly(action)
-        _require_finite(step.final_obs, "observation")
-        if (step.terminated | step.truncated).any():
-            _require_finite(step.obs, "observation")
-        _require_finite(step.step_rewards, "reward")
-        return step
+        fine = _all_finite(step.final_obs) and _all_finite(step.step_rewards)
+        if fine and (not (step.terminated | step.truncated).any() or _all_finite(step.obs)):
+            return step
+        return self._without_broken(step)
+
+    def _without_broken(self, step: Step) -> Step:
+        """The step with those episodes dropped in which something is not finite."""
+        broken = ~(_finite_rows(step.final_obs) & _finite_rows(step.step_rewards))  # [N]
+        goes_on = ~(step.terminated | step.truncated) | (self._mode is AutoresetMode.NEXT_STEP)  # [N]
+        obs = self._begun(step.obs, broken & goes_on)
+        self._resets_next = self._resets_next & ~broken
+        dropped = broken & step.valid  # what was only reset has no episode to lose
+        return Step(
+            obs,
+            np.where(broken[:, None, None], obs, step.final_obs),
+            np.where(broken[:, None], 0.0, step.step_rewards),
+            np.where(broken, 0, step.steps),
+            step.terminated & ~broken,
+            (step.truncated & ~broken) | dropped,
+            step.valid & ~broken,
+            step.dropped | dropped,
+        )
+
+    def _begun(self, obs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Observations [N, To, Do] with new episodes in these rows [N], and where one is not finite.
+
+        Raises:
+            UserError: one is still not finite after `RESETS`.
+        """
+        for _ in range(RESETS):
+            rows = rows | ~_finite_rows(obs)
+            if not rows.any():
+                return obs
+            fresh, _ = self.env.reset(options={"reset_mask": rows})
+            obs = np.where(rows[:, None, None], np.asarray(fresh, np.float32), obs)
+            rows = np.zeros_like(rows)
+        _require_finite(obs, "first observation")
+        return obs
 
     def _through_gymnasium(self, action: np.ndarray) -> Step:
         """`step` where an environment has no more to offer than what Gymnasium asks for."""
@@ -112,10 +160,11 @@ class Stepper:
                 final_obs[index] = infos["final_obs"][index]
         if self._mode is AutoresetMode.DISABLED and ended.any():
             next_obs[:] = self.env.reset(options={"reset_mask": ended})[0]
-        valid = ~self._resets_next  # [N]
+        dropped = infos.get("dropped", np.zeros(self.num_envs, bool))  # [N]
+        valid = ~(self._resets_next | dropped)  # [N]
         if self._mode is AutoresetMode.NEXT_STEP:
             self._resets_next = ended
-        return Step(next_obs, final_obs, step_rewards, steps, terminated, truncated & ~terminated, valid)
+        return Step(next_obs, final_obs, step_rewards, steps, terminated, truncated & ~terminated, valid, dropped)
 
     def get_state(self) -> dict[str, Any]:
         """A copy of the whole state of the environments, as plain data.
@@ -156,15 +205,24 @@ class Stepper:
         return step_rewards, steps
 
 
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN, infinite, or beyond what float32 can hold, in which everything is learned."""
+    return bool(np.logical_and.reduce(np.abs(values) <= LARGEST, axis=None))
+
+
+def _finite_rows(values: np.ndarray) -> np.ndarray:
+    """As `_all_finite`, of each row [N] of values [N, ...]."""
+    return np.logical_and.reduce(np.abs(values) <= LARGEST, axis=tuple(range(1, values.ndim)))
+
+
 def _require_finite(values: np.ndarray, quantity: str) -> None:
     """Raise if any of values [N, ...] is NaN or infinite."""
-    finite = np.isfinite(values)
-    if np.logical_and.reduce(finite, axis=None):
+    if _all_finite(values):
         return
-    env, *index = (int(i) for i in np.argwhere(~finite)[0])
+    env, *index = (int(i) for i in np.argwhere(~(np.abs(values) <= LARGEST))[0])
     value = values[(env, *index)]
     if quantity == "action":
         advice = "the policy has diverged: lower the learning rate"
     else:
-        advice = "the simulation has become unstable, or the environment is at fault"
+        advice = f"it was reset {RESETS} times; the environment is at fault"
     raise UserError(f"environment {env}: non-finite {quantity} ({value} at index {tuple(index)}); {advice}")

@@ -22,6 +22,7 @@ from dppo.envs.chunk import ChunkEnv
 from dppo.envs.native.registry import rules_of
 from dppo.envs.one_by_one import OneByOne
 from dppo.envs.workers.choice import worthwhile_workers
+from dppo.envs.workers.process import WorkerDiedError
 from dppo.envs.workers.vector_env import WorkerVectorEnv
 from dppo.processors import usable_processors
 from dppo.task import Task
@@ -107,7 +108,7 @@ def make_vector_env(
     The observations it returns may be a buffer that the next step overwrites: a `Stepper` copies them.
 
     Raises:
-        UserError: as `make_env`, or `num_envs` is not positive.
+        UserError: as `make_env`, `num_envs` is not positive, or a worker process dies as often as it is started.
     """
     _check_num_envs(task, num_envs)
     threads = threads or usable_processors()
@@ -124,6 +125,8 @@ def make_vector_env(
         if workers > 1:
             try:
                 return WorkerVectorEnv(env, _constructor(task, history, chunk), num_envs, workers=workers)
+            except (WorkerDiedError, MemoryError):  # what a process has no room for, or crashes in, is not for this one
+                raise
             except Exception as error:  # what keeps an environment from other processes need not keep it from this one
                 log.warning("task %s: the environments are stepped without worker processes: %s", task.name, error)
     return sync_vector_env(task, num_envs, history=history, chunk=chunk, autoreset_mode=autoreset_mode)

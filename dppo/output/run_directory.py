@@ -4,6 +4,7 @@ config.yaml         the resolved configuration, and a ``provenance`` block: vers
 metrics.jsonl       one line per iteration
 summary.json        the closing numbers
 checkpoints/  plots/  videos/
+debug/              tensors, if training stopped because they were not finite
 """
 
 from __future__ import annotations
@@ -157,6 +158,11 @@ class RunDirectory:
     def videos(self) -> Path:
         """Recorded episodes."""
         return self.path / "videos"
+
+    @property
+    def debug(self) -> Path:
+        """What is left of a run whose numbers were not finite."""
+        return self.path / "debug"
 
     def _clear(self, overwrite: bool) -> None:
         """Empty the directory if it is ours and we may; nothing is removed otherwise."""

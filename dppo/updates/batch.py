@@ -150,6 +150,13 @@ def form_of(record: Any) -> Form:
     return Form(type(record), tuple(record.extra) if isinstance(record, Pairs) else ())
 
 
+def column_names(record: Any) -> tuple[str, ...]:
+    """The names of its `columns`; numbers, where they have none."""
+    if isinstance(record, tuple):
+        return tuple(str(number) for number in range(len(record)))
+    return (*(name for name in vars(record) if name != "extra"), *form_of(record).extra)
+
+
 def columns(record: Pairs | Targets | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors, [B, ...] each."""
     if isinstance(record, tuple):

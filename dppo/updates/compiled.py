@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any, Generic
 
@@ -14,7 +15,8 @@ from torch.func import functional_call, grad_and_value
 
 from dppo.threads import single_thread
 from dppo.updates.batch import Form, Record, columns, form_of, of_columns
-from dppo.updates.objective import Objective, Rows
+from dppo.updates.faults import evidence_of
+from dppo.updates.objective import Objective, Outcome, Rows
 from dppo.updates.optimizer import BETAS, EPSILON, FlatAdamW
 from policies import UserError
 
@@ -36,6 +38,7 @@ class CompiledStep(Generic[Record]):
         if shutil.which(compiler) is None:
             message = f"compile needs a C++ compiler, and {compiler} is not there; install it, or name one in CXX"
             raise UserError(message)
+        self._objective = objective
         self._optimizer = optimizer
         self._learning_rate = torch.zeros(
             (), device=optimizer.parameters.values.device
@@ -44,7 +47,7 @@ class CompiledStep(Generic[Record]):
         self._compiled = _compiled(objective, optimizer)
 
     @torch.no_grad()
-    def __call__(self, minibatch: Record) -> tuple[Rows, bool]:
+    def __call__(self, minibatch: Record) -> tuple[Rows, Outcome]:
         """See `GradientStep`."""
         optimizer, tensors = self._optimizer, columns(minibatch)
         for tensor in tensors if self._first else ():
@@ -56,9 +59,10 @@ class CompiledStep(Generic[Record]):
                 optimizer.parameters.values, *optimizer.moments, self._learning_rate, form_of(minibatch), *tensors
             )
         if not allowed:
-            return rows, False
-        optimizer.check(loss, norm)
-        return rows, True
+            return rows, Outcome.REFUSED
+        evidence = partial(evidence_of, self._objective, optimizer.parameters, minibatch)
+        finite = optimizer.skips.permits(loss.item(), norm.item(), evidence)
+        return rows, Outcome.TAKEN if finite else Outcome.SKIPPED
 
 
 def _compiled(objective: Objective[Any], optimizer: FlatAdamW) -> Any:

@@ -13,7 +13,7 @@ from dppo.critic import Critic, LatentCritic
 from dppo.surrogates import value_losses
 from dppo.updates.batch import Batch, Targets, minibatches, partition
 from dppo.updates.config import UpdateConfig
-from dppo.updates.objective import Objective, Rows
+from dppo.updates.objective import Objective, Outcome, Rows
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.step import make_step
 from policies import Policy
@@ -47,8 +47,8 @@ class CriticFit:
 
     def fit(
         self, batch: Batch, *, epochs: int, minibatches_per_epoch: int, learning_rate_factor: float
-    ) -> dict[str, float]:
-        """Learn from a rollout; metrics: the mean loss on the way, and the learning rate.
+    ) -> dict[str, float | None]:
+        """Learn from a rollout; metrics: mean loss on the way, learning rate, and how many updates were skipped.
 
         Args:
             batch: the transitions.
@@ -57,7 +57,7 @@ class CriticFit:
             learning_rate_factor: on the configuration's learning rate.
 
         Raises:
-            UserError: a loss that is not finite; the parameters are those before its step.
+            NotFiniteError: too many updates in a row were skipped; the parameters are those before them.
         """
         self.optimizer.learning_rate = learning_rate_factor * self.config.critic_learning_rate
         size = self.config.critic_batch_size
@@ -66,10 +66,14 @@ class CriticFit:
         losses: list[Tensor] = []
         for _ in range(self.config.critic_epochs or epochs):
             for targets in minibatches(batch.targets, partition(rows, min(count, rows), self.generator)):
-                (of_rows,), _ = self._step(targets)
-                losses.append(of_rows.mean())
-        value_loss = float(torch.stack(losses).mean())
-        return {"value_loss": value_loss, "critic_learning_rate": self.optimizer.learning_rate}
+                (of_rows,), outcome = self._step(targets)
+                if outcome is Outcome.TAKEN:
+                    losses.append(of_rows.mean())
+        return {
+            "value_loss": float(torch.stack(losses).mean()) if losses else None,
+            "critic_learning_rate": self.optimizer.learning_rate,
+            "skipped_critic_updates": self.optimizer.skips.since_last(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser."""

@@ -23,7 +23,7 @@ from dppo.updates.batch import Batch, PairOrder, Pairs, minibatches
 from dppo.updates.critic_fit import CriticFit
 from dppo.updates.extra import ExtraLoss, Scored, SharedValueLoss
 from dppo.updates.first_order_config import FirstOrderConfig
-from dppo.updates.objective import Objective, Rows
+from dppo.updates.objective import Objective, Outcome, Rows
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.reference import Reference
 from dppo.updates.schedule import schedule_factor
@@ -140,7 +140,7 @@ class FirstOrder:
             iteration: how many updates came before.
 
         Raises:
-            UserError: a loss that is not finite; the parameters are those before the step that it would have led to.
+            NotFiniteError: too many updates in a row were skipped; the parameters are those before them.
         """
         config = self.config
         factor = schedule_factor(config.schedule, progress, final=config.final_learning_rate_share)
@@ -162,6 +162,7 @@ class FirstOrder:
             **batch.statistics(),
             "actor_learning_rate": self.optimizer.learning_rate,
             "actor_steps": steps,
+            "skipped_updates": self.optimizer.skips.since_last(),
         }
 
     def _epochs(self, batch: Batch, count: int) -> tuple[dict[str, float], int]:
@@ -175,19 +176,25 @@ class FirstOrder:
             extra.begin(batch, self.generator)
         for _ in range(config.epochs):
             seen: list[Rows] = []
-            taken = True
+            outcome = Outcome.TAKEN
             for pairs in minibatches(partial(self.gather, batch), self.order.parts(batch, count, self.generator)):
-                rows, taken = self._step(pairs)
+                rows, outcome = self._step(pairs)
+                if outcome is Outcome.SKIPPED:
+                    continue
                 seen.append(rows)
-                if not taken:
+                if outcome is Outcome.REFUSED:
                     break
                 steps += 1
+            if not seen:
+                continue
             losses, log_ratios, *known = (torch.cat(column) for column in zip(*seen, strict=True))
             means = torch.stack([losses.mean(), approximate_kl(log_ratios), *(column.mean() for column in known)])
             kl = float(means[1])
             of_epochs.append((means, len(losses)))
-            if not taken or (config.target_kl is not None and kl > config.target_kl):
+            if outcome is Outcome.REFUSED or (config.target_kl is not None and kl > config.target_kl):
                 break
+        if not of_epochs:
+            return {}, 0
         metrics = self.surrogate.adapt(kl)
         self.speed = config.next_speed(self.speed, kl)
         total = sum(size for _, size in of_epochs)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-
-from policies import UserError
 
 
 class FlatParameters:
@@ -44,11 +41,3 @@ class FlatParameters:
         """Raise RuntimeError where the parameters were moved or replaced, and would be left behind."""
         if self.parameters[0].data_ptr() != self.values.data_ptr():
             raise RuntimeError("the parameters are no views of the flat tensor any more: were they moved or replaced?")
-
-
-def check_finite(network: str, *, loss: float, gradient: float) -> None:
-    """Raise UserError where a network's loss or the norm of its gradient is not finite."""
-    for what, value in (("loss", loss), ("gradient of the loss", gradient)):
-        if not math.isfinite(value):
-            advice = "lower the learning rate, or look for extreme values in what is learned from"
-            raise UserError(f"the {network} network's {what} became {value}; {advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from dppo.threads import map_in_threads, rows_per_part
 from dppo.updates.batch import Record, num_rows, split
+from dppo.updates.faults import evidence_of
 from dppo.updates.flat import FlatParameters
-from dppo.updates.objective import Objective, Rows
+from dppo.updates.objective import Objective, Outcome, Rows
 from dppo.updates.optimizer import FlatAdamW
 
 Known = TypeVar("Known")
@@ -83,23 +85,21 @@ class MeanGradient(Generic[Record]):
 class GradientStep(Generic[Record]):
     """A step of AdamW down an objective."""
 
-    def __init__(
-        self, objective: Objective[Record], optimizer: FlatAdamW, *, threads: int, checked: bool = True
-    ) -> None:
-        """The optimiser has the parameters of the objective's module; ``checked`` as in `FlatAdamW.step`."""
+    def __init__(self, objective: Objective[Record], optimizer: FlatAdamW, *, threads: int) -> None:
+        """The optimiser has the parameters of the objective's module."""
         self._objective = objective
         self._optimizer = optimizer
         self._gradient = MeanGradient(objective, optimizer.parameters, threads=threads)
-        self._checked = checked
 
-    def __call__(self, minibatch: Record) -> tuple[Rows, bool]:
-        """Step; what is known of the rows before it, and whether it was allowed and so taken.
+    def __call__(self, minibatch: Record) -> tuple[Rows, Outcome]:
+        """Step; what is known of the rows before it, and what became of it.
 
         Raises:
-            UserError: the loss or its gradient is not finite; no step is taken.
+            NotFiniteError: too many steps in a row were skipped.
         """
         gradient, rows = self._gradient(self._objective.prepare(minibatch))
         if self._objective.allow is not None and not self._objective.allow(rows):
-            return rows, False
-        self._optimizer.step(gradient, rows[0].mean() if self._checked else None)
-        return rows, True
+            return rows, Outcome.REFUSED
+        evidence = partial(evidence_of, self._objective, self._optimizer.parameters, minibatch)
+        taken = self._optimizer.step(gradient, rows[0].mean(), evidence)
+        return rows, Outcome.TAKEN if taken else Outcome.SKIPPED

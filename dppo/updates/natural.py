@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from dppo.threads import map_in_threads, rows_per_part, single_thread
 from dppo.updates.batch import Batch, Pairs, split
 from dppo.updates.config import UpdateConfig
 from dppo.updates.critic_fit import CriticFit
+from dppo.updates.faults import Evidence, Skips, of_network
 from dppo.updates.fisher import FisherProduct, Solution, conjugate_gradients
-from dppo.updates.flat import FlatParameters, check_finite
+from dppo.updates.flat import FlatParameters
 from dppo.updates.gradient import MeanOverParts
 from dppo.updates.schedule import schedule_factor
 from policies import Policy, log_prob_factors
@@ -125,6 +127,7 @@ class NaturalGradient:
         device = self.parameters.values.device
         self.discount = inner_discount(policy.num_steps, config.inner_gamma).to(device)  # [K]
         self.threads = torch.get_num_threads()
+        self.skips = Skips("policy")
         self._mean = MeanOverParts(self.parameters, threads=self.threads)
 
     @single_thread()
@@ -136,10 +139,7 @@ class NaturalGradient:
             metrics |= self._learn(batch)
         if self.critic_fit is not None:
             metrics |= self.critic_fit.fit(batch, epochs=1, minibatches_per_epoch=1, learning_rate_factor=factor)
-        return {
-            **metrics,
-            **batch.statistics(),
-        }
+        return {**metrics, **batch.statistics(), "skipped_updates": self.skips.since_last()}
 
     def weighted(self, batch: Batch) -> Batch:
         """A rollout with advantages as the surrogate takes them."""
@@ -152,7 +152,9 @@ class NaturalGradient:
         laws: list[Distribution] = []
         before = self._judge(batch, laws)
         gradient = self._gradient(batch)
-        check_finite("policy", loss=-before.objective, gradient=float(gradient.norm()))
+        evidence = partial(self._evidence, batch, before, gradient)
+        if not self.skips.permits(before.objective, float(gradient.norm()), evidence):
+            return {"step_failed": 1.0, "actor_steps": 0}
         solution = self._natural(batch, gradient)
         old, after, kept = values.clone(), before, False
         attempts = 0
@@ -198,6 +200,11 @@ class NaturalGradient:
 
         gradient, _ = self._mean(of_part, (_all_pairs(batch),))
         return gradient.mul(batch.num_steps)
+
+    def _evidence(self, batch: Batch, judgement: Judgement, gradient: Tensor) -> Evidence:
+        known = {f"batch/{name}": value for name, value in vars(batch).items() if value is not None}
+        loss = torch.tensor(-judgement.objective)
+        return {**known, "loss": loss, **of_network(self.policy, self.parameters, gradient)}
 
     def _natural(self, batch: Batch, gradient: Tensor) -> Solution:
         """F^-1 g, with F the Fisher information of the actions of an environment step, summed over inner steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Generic
 
 from torch import Tensor, nn
@@ -12,6 +13,16 @@ from dppo.updates.batch import Record
 
 Rows = tuple[Tensor, ...]
 """What is known of each row of a minibatch, [B] each; the first are the losses."""
+
+
+class Outcome(Enum):
+    """What became of a step."""
+
+    TAKEN = "taken"
+    REFUSED = "refused"
+    """By `Objective.allow`."""
+    SKIPPED = "skipped"
+    """The loss or its gradient is not finite; nor is what is known of the rows, then."""
 
 
 def as_it_is(minibatch: Record) -> Record:

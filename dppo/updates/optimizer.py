@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dppo.updates.flat import FlatParameters, check_finite
+from dppo.updates.faults import Evidence, Skips
+from dppo.updates.flat import FlatParameters
 
 BETAS = (0.9, 0.999)
 """Of AdamW: how long it remembers gradients, and their squares."""
@@ -34,7 +35,7 @@ class FlatAdamW:
         """Take over the parameters that require a gradient; ``what`` names their network in errors."""
         self.parameters = FlatParameters(parameters)
         self.max_grad_norm = max_grad_norm
-        self.what = what
+        self.skips = Skips(what)
         self.weight_decay = weight_decay
         settings = {"betas": BETAS, "eps": EPSILON, "weight_decay": weight_decay}
         self.adamw = torch.optim.AdamW([self.parameters.values], lr=learning_rate, fused=True, **settings)
@@ -48,30 +49,43 @@ class FlatAdamW:
     def learning_rate(self, value: float) -> None:
         self.adamw.param_groups[0]["lr"] = value
 
-    def step(self, gradient: Tensor, loss: Tensor | None = None) -> None:
-        """One step down a gradient [P], shortened to the largest norm allowed.
+    def step(self, gradient: Tensor, loss: Tensor, evidence: Callable[[], Evidence]) -> bool:
+        """One step down a gradient [P], shortened to the largest norm allowed; whether it was taken.
+
+        It is skipped where the loss or its gradient is not finite (on a GPU, this waits for them).
 
         Args:
             gradient: as of `FlatParameters.gradient`.
-            loss: if given, it and the gradient are checked first (on a GPU, this waits for them).
+            loss: a scalar.
+            evidence: what to look at if too many are skipped.
 
         Raises:
-            UserError: the loss or its gradient is not finite; no step is taken.
+            NotFiniteError: too many in a row were skipped.
         """
         self.parameters.check_views()
-        norm = None
-        if loss is not None:
-            norm = torch.linalg.vector_norm(gradient)
-            self.check(loss, norm)
+        norm = torch.linalg.vector_norm(gradient)
+        if not self.skips.permits(loss.item(), norm.item(), evidence):
+            return False
+        self._descend(gradient, norm)
+        return True
+
+    def step_if_finite(self, gradient: Tensor, loss: Tensor) -> Tensor:
+        """As `step`, without waiting for the result, which is a boolean scalar; who reads it counts it in `skips`."""
+        self.parameters.check_views()
+        norm = torch.linalg.vector_norm(gradient)
+        finite = loss.isfinite() & norm.isfinite()
+        self.adamw.found_inf = (~finite).to(norm.dtype)  # type: ignore[attr-defined]  # as a GradScaler tells it
+        try:
+            self._descend(gradient, norm)
+        finally:
+            del self.adamw.found_inf  # type: ignore[attr-defined]
+        return finite
+
+    def _descend(self, gradient: Tensor, norm: Tensor) -> None:
         if self.max_grad_norm is not None:
-            norm = torch.linalg.vector_norm(gradient) if norm is None else norm
             gradient = gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.parameters.values.grad = gradient
         self.adamw.step()
-
-    def check(self, loss: Tensor, norm: Tensor) -> None:
-        """Raise UserError where a loss or the norm of its gradient is not finite."""
-        check_finite(self.what, loss=loss.item(), gradient=norm.item())
 
     @property
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,11 +9,11 @@ import torch
 from dppo.updates.batch import Record
 from dppo.updates.compiled import CompiledStep
 from dppo.updates.gradient import GradientStep
-from dppo.updates.objective import Objective, Rows
+from dppo.updates.objective import Objective, Outcome, Rows
 from dppo.updates.optimizer import FlatAdamW
 from policies import Policy, UserError
 
-Step = Callable[[Record], tuple[Rows, bool]]
+Step = Callable[[Record], tuple[Rows, Outcome]]
 """See `GradientStep.__call__`."""
 
 

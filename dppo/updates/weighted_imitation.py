@@ -20,7 +20,7 @@ from dppo.threads import single_thread
 from dppo.updates.batch import Batch, minibatches, partition
 from dppo.updates.config import UpdateConfig
 from dppo.updates.critic_fit import CriticFit
-from dppo.updates.objective import Objective, Rows
+from dppo.updates.objective import Objective, Outcome, Rows
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.schedule import schedule_factor
 from dppo.updates.step import make_step
@@ -107,11 +107,13 @@ class WeightedImitation:
             metrics |= self.critic_fit.fit(
                 batch, epochs=config.epochs, minibatches_per_epoch=count, learning_rate_factor=factor
             )
+        skipped = self.optimizer.skips.since_last()
         return {
             **metrics,
             **batch.statistics(),
             "actor_learning_rate": self.optimizer.learning_rate,
-            "actor_steps": config.epochs * count if learns else 0,
+            "actor_steps": config.epochs * count - skipped if learns else 0,
+            "skipped_updates": skipped,
         }
 
     def _learn(self, batch: Batch, count: int) -> dict[str, float]:
@@ -121,11 +123,14 @@ class WeightedImitation:
             action = self.policy.chunk_of(batch.chain[rows, -1])
             return weights[rows], *self.policy.imitation_exercise(batch.obs[rows], action, self.generator)
 
-        losses = [
-            self._step(exercise)[0][0]
-            for _ in range(self.config.epochs)
-            for exercise in minibatches(gather, partition(len(batch), count, self.generator))
-        ]
+        losses: list[Tensor] = []
+        for _ in range(self.config.epochs):
+            for exercise in minibatches(gather, partition(len(batch), count, self.generator)):
+                (of_rows,), outcome = self._step(exercise)
+                if outcome is Outcome.TAKEN:
+                    losses.append(of_rows)
+        if not losses:
+            return {}
         clipped = weights >= self.config.max_weight * (1 - 1e-6)
         means = torch.stack([torch.cat(losses).mean(), weights.mean(), clipped.float().mean()])
         return dict(zip(METRICS, means.tolist(), strict=True))

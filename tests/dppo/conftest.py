@@ -43,7 +43,7 @@ class CountingEnv(gymnasium.Env[np.ndarray, Any]):
         super().reset(seed=seed)
         self._episode = seed if seed is not None else self._episode + 1
         self._obs[:] = (0, self._episode)
-        if self._bad == "reset" and seed is None:
+        if seed is None and (self._bad == "reset" or (self._bad == "one reset" and self._episode == 2)):
             self._obs[0] = np.inf
         return self._obs, {"noise": 1.0}
 
@@ -55,7 +55,7 @@ class CountingEnv(gymnasium.Env[np.ndarray, Any]):
         reward = float(self._obs[0])
         # The second environment goes wrong at its third step.
         if self._obs[0] == 3 and self._episode == 1:
-            reward = np.inf if self._bad == "reward" else reward
+            reward = {"reward": np.inf, "huge": 1e300}.get(self._bad, reward)
             self._obs[1] = np.nan if self._bad == "observation" else self._obs[1]
         return (self._obs, reward, ended and terminated, ended and truncated, {"distance": np.zeros(3)})
 

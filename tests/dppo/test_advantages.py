@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dppo.advantages import clipped_to_quantiles, explained_variance, gae, inner_discount, normalized
+from dppo.advantages import clipped_to_quantiles, explained_variance, gae, group_advantages, inner_discount, normalized
 
 FLAGS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=24)
 
@@ -162,3 +162,20 @@ def test_explained_variance_by_hand(predictions, expected):
 @pytest.mark.parametrize("targets", [[2.0], [2.0, 2.0]])
 def test_explained_variance_says_nothing_where_the_targets_do_not_vary(targets):
     assert explained_variance(torch.zeros(len(targets)), torch.tensor(targets)) is None
+
+
+def test_a_row_that_is_no_transition_adds_nothing_to_those_before_it():
+    ones = torch.ones(3, 1)
+    no = torch.zeros(3, 1, dtype=torch.bool)
+    dropped = torch.tensor([[False], [True], [False]])
+    settings = {"gamma": 0.5, "gae_lambda": 1.0}
+    found, _ = gae(ones, ones, 3 * ones, no, dropped, valid=~dropped, **settings)
+    assert found.tolist() == [[1.5], [0.0], [1.5]], "1 + 0.5 * 3 - 1, and nothing else"
+
+
+def test_what_is_not_known_of_a_group_is_left_out_of_it():
+    returns = torch.tensor([1.0, 3.0, torch.nan, 5.0, torch.nan, torch.nan])
+    known = torch.tensor([True, True, False, True, False, False])
+    advantages = group_advantages(returns, 3, known)
+    root = 0.5**0.5
+    torch.testing.assert_close(advantages, torch.tensor([-root, root, 0, 0, 0, 0]))

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from dppo import checkpoint
 from dppo.checkpoint import find_policy, load_policy, save_checkpoint
-from dppo.task import Task
+from dppo.envs.vector import make_plain_env
+from dppo.task import Task, permitted
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.first_order_config import PPOConfig
 from policies import Policy, UserError
@@ -169,7 +170,7 @@ def test_a_file_that_is_missing_or_cut_short_is_one_clear_line(saved, name):
 
 def edit(saved: Path, **changes: object) -> None:
     path = saved / "policy" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sha256": None, **changes}))
 
 
 def test_weights_of_another_shape_are_refused(saved):
@@ -188,3 +189,45 @@ def test_a_task_that_this_version_does_not_know_is_named(saved, point_task):
     edit(saved, metadata={"task": {**dataclasses.asdict(point_task), "colour": "red"}})
     with pytest.raises(UserError, match=r"the task in .*config.json has no setting 'colour'"):
         load_policy(saved / "policy")
+
+
+# --- nothing is executed
+
+
+def test_what_looks_like_code_in_a_task_is_refused_by_name_or_is_text(saved, point_task, monkeypatch):
+    monkeypatch.setenv("SECRET", "told")
+    edit(saved, metadata={"task": {**dataclasses.asdict(point_task), "_target_": "os.system"}})
+    with pytest.raises(UserError, match=r"the task in .*config.json has no setting '_target_'"):
+        load_policy(saved / "policy")
+    hostile = {"_target_": "os.system", "length": "${oc.env:SECRET}", "_args_": ["true"]}
+    edit(saved, metadata={"task": {**dataclasses.asdict(point_task), "env_kwargs": hostile, "dataset": "${a:b}"}})
+    task = load_policy(saved / "policy")[1]
+    assert task is not None
+    assert (task.env_kwargs, task.dataset) == (hostile, "${a:b}")
+    with pytest.raises(UserError, match="Point-v0 does not take these env_kwargs"):
+        make_plain_env(task)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "modules", "refused"),
+    [
+        ("Hopper-v5", [], False),
+        ("gymnasium_robotics:PointMaze_UMaze-v3", [], False),
+        ("gymnasium_robotics.envs:PointMaze_UMaze-v3", [], False),
+        ("os:Hopper-v5", [], True),
+        ("gymnasium_robotics_:Hopper-v5", [], True),
+        (".gymnasium:Hopper-v5", [], True),
+        ("a.gymnasium:Hopper-v5", [], True),
+        ("os:os:Hopper-v5", ["os"], True),
+        ("my_envs:Hopper-v5", ["", None, "my_envs"], False),
+        ("GymV21Environment-v0", [], True),
+        ("gymnasium:GymV26Environment-v0", ["gymnasium"], True),
+    ],
+)
+def test_only_modules_that_are_known_or_named_may_be_imported(env_id, modules, refused):
+    task = Task("any", env_id)
+    if not refused:
+        assert permitted(task, "it", modules) is task
+        return
+    with pytest.raises(UserError, match=r"^it asks for "):
+        permitted(task, "it", modules)

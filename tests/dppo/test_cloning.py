@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dppo.cloning import PREPARED_UPDATES, Cloner, CloningConfig
 from dppo.data.demos import Episode, WindowDataset
-from policies import Policy, UserError
+from dppo.updates.faults import NotFiniteError
+from policies import Policy
 
 SETTINGS: dict[str, Any] = {
     "updates": 40,
@@ -324,9 +325,29 @@ def test_without_validation_data_there_is_no_validation_loss(small_policy):
 # --- errors and state
 
 
-def test_a_loss_that_is_not_finite_is_an_error(make_cloner):
-    with pytest.raises(UserError, match=r"the imitation loss became (nan|inf); lower learning_rate"):
+def test_losses_that_are_not_finite_to_the_last_are_an_error(make_cloner):
+    with pytest.raises(
+        NotFiniteError, match=r"^\d+ updates of the policy network in a row had a loss \((nan|inf)\)"
+    ) as caught:
         make_cloner(learning_rate=1e30).run(40)
+    assert {"minibatch/0", "rows/0", "gradient_norm"} < caught.value.evidence.keys()
+
+
+def test_updates_whose_loss_is_not_finite_are_skipped_and_in_no_mean(make_cloner):
+    cloner, broken = make_cloner(), make_cloner()
+    cloner.run(1)
+    broken.run(1)
+    observations = broken.train.observation.clone()
+    broken.prepared = []
+    broken.train.observation[:] = torch.nan
+    row = broken.run(2)
+    assert (row["skipped_updates"], row["train_loss"]) == (2, None)
+    assert torch.equal(broken.optimizer.parameters.values, cloner.optimizer.parameters.values)
+    broken.prepared = []
+    broken.train.observation[:] = observations
+    row = broken.run(2)
+    assert row["skipped_updates"] == 0
+    assert row["train_loss"] > 0
 
 
 @pytest.mark.parametrize(

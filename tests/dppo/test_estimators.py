@@ -11,6 +11,7 @@ from torch import Tensor
 from dppo.critic import LatentCritic
 from dppo.estimators import GAE, GAEConfig, GroupConfig, Values
 from dppo.rollout import Rollout, collect_rollout
+from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig
 from dppo.updates.natural import TRPOConfig
@@ -213,6 +214,16 @@ def test_only_the_first_episode_of_each_environment_counts_and_as_far_as_the_rol
     assert (estimate.advantages == 0).all(), "the same in a group, whatever was done"
     assert [(episode.env, episode.length) for episode in rollout.episodes] == [(0, 1), (1, 1)]
     assert rollout.env_steps == int(rollout.steps.sum()), "what was executed and not learned from counts, too"
+
+
+def test_an_episode_that_was_dropped_is_worth_nothing_known(make_trainer):
+    task = Task("counting", "Counting-v0", {"bad": "reward"})
+    trainer = make_trainer(critic=NONE, advantage=GroupConfig(2), rollout_steps=3, task=task)
+    trainer.estimator.seeds = type("Seeds", (), {"integers": lambda self, high, size: np.array([1, 3])})()
+    rollout = rollout_of(trainer)
+    assert rollout.valid.any(0).tolist() == [False, False, True, True]
+    assert rollout.dropped_episodes == 2
+    assert trainer.estimator.estimate(rollout, None).advantages.isfinite().all()
 
 
 @pytest.mark.parametrize(

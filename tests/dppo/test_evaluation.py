@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -157,3 +158,14 @@ def test_environments_are_closed_after_an_error(small_policy, counting_task, mon
     with pytest.raises(RuntimeError, match="out of order"):
         evaluate(FailsOnSecondCall(small_policy("gaussian")), counting_task, EvaluationConfig(4, 2))  # type: ignore
     assert len(closed) == 1
+
+
+def test_dropped_episodes_are_in_no_mean_but_counted_and_replaced(small_policy, counting_task, caplog):
+    task = dataclasses.replace(counting_task, env_kwargs={"bad": "observation"})
+    policy, config = small_policy("gaussian", chunk=1, executed=1), EvaluationConfig(6, 3, seed=0)
+    summary, episodes = evaluate(policy, task, config)
+    assert (summary.episodes, summary.dropped_episodes) == (6, 2), "episode 1, in environment 1 and in environment 0"
+    assert [episode.length for episode in episodes] == [5, 1, 1, 7, 1, 7]
+    assert np.isfinite(summary.return_mean)
+    assert "task counting: 2 further episodes were dropped, and replaced by others" in caplog.text
+    assert evaluate(policy, counting_task, config)[0].dropped_episodes == 0

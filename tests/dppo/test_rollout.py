@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,13 @@ from dppo.advantages import gae
 from dppo.envs.stepper import Step, Stepper
 from dppo.envs.vector import make_vector_env
 from dppo.estimators import GAE
+from dppo.reward_scaling import RewardScaler
 from dppo.rollout import Actor, EpisodeResult, EpisodeTracker, Rollout, Storage, collect_rollout
 from dppo.task import Task
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
 from dppo.updates.first_order_config import PPOConfig
-from policies import Policy
+from policies import Policy, UserError
 
 MODES = list(AutoresetMode)
 NUM_ENVS = 3
@@ -238,7 +239,7 @@ def test_a_task_without_success_reports_none(small_policy, actor_of):
 def step_of(step_rewards: list[list[float]], steps: list[int], terminated: list[bool]) -> Step:
     obs = np.zeros((len(steps), 1, 1), np.float32)
     no, yes = np.zeros(len(steps), bool), np.ones(len(steps), bool)
-    return Step(obs, obs, np.array(step_rewards), np.array(steps), np.array(terminated), no, yes)
+    return Step(obs, obs, np.array(step_rewards), np.array(steps), np.array(terminated), no, yes, no)
 
 
 def test_the_zeros_after_the_end_of_a_chunk_are_no_success():
@@ -287,12 +288,13 @@ def values_of(trainer: Trainer, rollout: Rollout) -> tuple[Tensor, Tensor]:
 def counting_trainer(small_policy, counting_task, monkeypatch) -> Callable[..., Trainer]:
     """A trainer in 3 counting environments, whose critic returns the number of the step."""
 
-    def build(mode: AutoresetMode, chunk: int, steps: int, **algo: Any) -> Trainer:
+    def build(mode: AutoresetMode, chunk: int, steps: int, bad: str = "", **algo: Any) -> Trainer:
         monkeypatch.setattr(trainer_module, "make_vector_env", partial(make_vector_env, autoreset_mode=mode))
         policy = small_policy("gaussian", chunk=chunk, executed=chunk)
         size = TrainerConfig(num_envs=NUM_ENVS, rollout_steps=steps)
         critic = {"type": "mlp", "hidden_dims": [4]}
-        trainer = Trainer(policy, counting_task, size, PPOConfig(reward_scaling=False, **algo), critic)
+        task = replace(counting_task, env_kwargs={"bad": bad})
+        trainer = Trainer(policy, task, size, PPOConfig(reward_scaling=False, **algo), critic)
         assert isinstance(trainer.estimator, GAE)
         trainer.estimator.critic = StepNumber()  # type: ignore[assignment]
         trainer.actor.reset(0)
@@ -376,3 +378,52 @@ def test_the_bootstrap_after_the_last_row_is_the_value_of_what_follows(counting_
         rollout.rewards, values, next_values, rollout.terminated, rollout.truncated, gamma=0.9, gae_lambda=0.5
     )
     assert advantages[-1, 0] == pytest.approx(2 + 0.9 * 2 - 1)
+
+
+# --- dropped episodes
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", ["observation", "reward"])
+@pytest.mark.parametrize("steps", [8, 2])
+def test_an_episode_is_cut_at_the_last_good_observation_and_what_broke_is_nowhere(counting_trainer, mode, bad, steps):
+    """The third step of environment 1 breaks, be it within the rollout or at the beginning of the next one."""
+    trainer = counting_trainer(mode, 1, steps, bad=bad, gamma=0.9, gae_lambda=0.5)
+    rollouts = [collect_rollout(trainer.actor, trainer.policy, steps) for _ in range(8 // steps)]
+    batches = [trainer._batch(rollout, trainer.estimator.score(trainer.policy, rollout)) for rollout in rollouts]
+    for batch in batches:
+        assert all(value.isfinite().all() for value in vars(batch).values())
+    of_env = torch.cat([rollout.valid[:, 1] for rollout in rollouts])
+    assert of_env[:4].tolist() == [True, True, False, True]
+    env = torch.arange(NUM_ENVS).expand(steps, -1)[rollouts[0].valid]
+    second = 2 + 0.9 * 2 - 1  # bootstrapped from what the third step began with
+    first = 1 + 0.9 * 1 - 0 + 0.9 * 0.5 * second
+    torch.testing.assert_close(batches[0].advantages[env == 1, 0][:2], torch.tensor([first, second]))
+    assert all(episode.length != 4 for rollout in rollouts for episode in rollout.episodes if episode.env == 1)
+
+
+def test_training_counts_dropped_episodes_and_goes_on(counting_trainer):
+    row = counting_trainer(AutoresetMode.SAME_STEP, 1, 8, bad="reward").iterate()
+    # Episode 1, in environment 1 and later in environment 0.
+    assert (row["dropped_episodes"], row["worker_restarts"], row["skipped_updates"]) == (2, 0, 0)
+    assert all(np.isfinite(value) for value in row.values() if value is not None)
+
+
+def test_an_iteration_of_nothing_but_dropped_episodes_is_an_error(small_policy):
+    task = Task("point", "Point-v0", {"broken": 0})
+    trainer = Trainer(small_policy("gaussian"), task, TrainerConfig(100, 2, 3), PPOConfig(), {"type": "mlp"})
+    with pytest.raises(UserError, match=r"^task point: all 6 episodes of this iteration were dropped"):
+        trainer.iterate()
+
+
+def test_the_scale_of_rewards_never_sees_a_dropped_episode(counting_trainer):
+    """What was paid before it broke ends with it, and is not carried into the next episode."""
+    whole, broken = (counting_trainer(AutoresetMode.SAME_STEP, 1, 3, bad=bad, gamma=0.9) for bad in ("", "reward"))
+    sums = []
+    for trainer in (whole, broken):
+        trainer.estimator.discounting.scaler = scaler = RewardScaler(NUM_ENVS, 0.9)
+        trainer.iterate()
+        assert scaler.statistics.count == (9 if trainer is whole else 8)
+        sums.append(scaler.discounted.tolist())
+    assert sums[0][1] != 0 and sums[1][1] == 0
+    assert [sums[0][i] for i in (0, 2)] == [sums[1][i] for i in (0, 2)]

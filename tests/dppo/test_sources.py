@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dppo.checkpoint import find_policy, load_policy
-from dppo.sources import DIRECTORY_PATTERNS, Foreign, is_local, located, read_policy
+from dppo.sources import DIRECTORY_PATTERNS, Foreign, located, read_policy
 from policies import UserError, hub
 from policies.hub import Repository
 
@@ -143,7 +143,6 @@ def test_a_path_that_exists_wins_and_one_that_cannot_be_a_repository_is_missing(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(LEROBOT, "owner/name")
     assert find_policy("owner/name") == Path("owner/name")
-    assert is_local("owner/name") and is_local("./nowhere") and not is_local("owner/other")
     with pytest.raises(UserError, match=r"checkpoint runs/demo/policy does not exist"):
         find_policy("runs/demo/policy")
     assert remote == []

@@ -85,6 +85,7 @@ def test_a_summary_is_plain_data_with_intervals_as_lists():
         "return_std": None,
         "success_rate": 1.0,
         "episodes": 1,
+        "dropped_episodes": 0,
     }
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from policies import Policy, UserError
@@ -42,8 +44,9 @@ def refusal(directory: Path) -> str:
 
 
 def edit(directory: Path, **changes: Any) -> None:
+    """As who means it, and so removes the checksums."""
     path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sha256": None, **changes}))
 
 
 def test_a_sound_policy_loads(saved: Path) -> None:
@@ -232,7 +235,7 @@ def test_metadata_that_is_no_object_is_refused(saved: Path, metadata: object) ->
 def test_a_configuration_without_metadata_loads(saved: Path) -> None:
     path = saved / "config.json"
     content = json.loads(path.read_text())
-    del content["metadata"]
+    del content["metadata"], content["sha256"]
     path.write_text(json.dumps(content))
     assert Policy.from_pretrained(saved).metadata == {}
 
@@ -301,6 +304,62 @@ def test_a_configuration_that_asks_for_terabytes_is_refused_before_anything_is_m
     message = refusal(tmp_path)
     name = next(iter(changes))
     assert any(text in message for text in (name, "the file has", "sizes that cannot be", "at most", "layers"))
+
+
+# --- damage that still looks like a policy
+
+
+def flipped(path: Path, at: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed(saved: Path) -> None:
+    flipped(saved / "model.safetensors", -1)
+    assert "model.safetensors is damaged or was changed: its checksum" in refusal(saved)
+
+
+def test_a_digit_of_the_configuration_that_became_another_is_noticed(saved: Path) -> None:
+    edit(saved, sha256=json.loads((saved / "config.json").read_text())["sha256"], initial_std=0.7)
+    assert "config.json is damaged or was changed" in refusal(saved)
+
+
+@pytest.mark.parametrize("seal", [{}, [], "", 0, {"config": "0"}], ids=str)
+def test_checksums_that_are_none_are_refused(saved: Path, seal: object) -> None:
+    edit(saved, sha256=seal)
+    assert "config.json is damaged or was changed" in refusal(saved)
+
+
+def test_another_layout_of_the_same_configuration_is_the_same(saved: Path) -> None:
+    path = saved / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(content.items())), indent=7))
+    assert Policy.from_pretrained(saved).type == "gaussian"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_or_cut_is_an_error_or_changes_nothing(tmp_path_factory, data: st.DataObject) -> None:
+    directory = tmp_path_factory.mktemp("policy")
+    whole = policy("gaussian")
+    whole.save_pretrained(directory)
+    path = directory / data.draw(st.sampled_from(["config.json", "model.safetensors"]))
+    size = path.stat().st_size
+    if data.draw(st.booleans()):
+        flipped(path, data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 7)))
+    else:
+        path.write_bytes(path.read_bytes()[: data.draw(st.integers(0, size - 1))])
+    try:
+        loaded = Policy.from_pretrained(directory)
+    except UserError:
+        return
+    assert loaded.config == whole.config and loaded.metadata == whole.metadata
+    weights = loaded.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in whole.state_dict().items())
+
+
+# --- nothing is executed
 
 
 class Hostile:

@@ -107,7 +107,8 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         final, step_rewards, steps, terminated, truncated = self._execute(actions)
         truncated = truncated & ~terminated
-        return Step(self._history.copy(), final, step_rewards, steps, terminated, truncated, self._valid.copy())
+        valid = self._valid.copy()
+        return Step(self._history.copy(), final, step_rewards, steps, terminated, truncated, valid, ~valid)
 
     def _execute(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """Move on; the last observations [N, To, Do], rewards [N, Ta], steps [N], terminated [N] and truncated [N]."""

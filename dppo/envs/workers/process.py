@@ -19,6 +19,10 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
 """The cores are shared out by starting workers, not by threads of theirs."""
 
 
+class WorkerDiedError(UserError):
+    """A worker process has ended, or cannot be started, without anybody having wanted that."""
+
+
 class WorkerProcess:
     """A fresh Python interpreter that runs `worker.serve`, and the channel to it.
 
@@ -34,6 +38,9 @@ class WorkerProcess:
         Args:
             rows: the environments it is for.
             memory: file descriptor of the records.
+
+        Raises:
+            WorkerDiedError: the system starts no more processes.
         """
         self._rows = rows
         self._channel, theirs = Pipe()
@@ -41,12 +48,16 @@ class WorkerProcess:
         serve = f"from dppo.envs.workers.worker import serve; serve({theirs.fileno()}, {memory})"
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {folders!r}; {serve}"],
+                # A crash in native code prints where it happened.
+                [sys.executable, "-P", "-X", "faulthandler", "-c", f"import sys; sys.path[:] = {folders!r}; {serve}"],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **_ONE_THREAD},
                 pass_fds=(theirs.fileno(), memory),
                 process_group=0,  # Ctrl-C in the terminal is for the process that trains; it ends its workers itself
             )
+        except OSError as error:
+            self._channel.close()
+            raise WorkerDiedError(f"the worker process of {self._whose()} cannot be started: {error}") from error
         finally:
             theirs.close()
 
@@ -54,23 +65,23 @@ class WorkerProcess:
         """Give it something to do.
 
         Raises:
-            UserError: it has died.
+            WorkerDiedError: it has died.
         """
         try:
             self._channel.send(message)
         except ConnectionError:
-            raise UserError(self._obituary()) from None
+            raise WorkerDiedError(self._obituary()) from None
 
     def receive(self) -> Failure | States | None:
         """Wait for what it has to say about the last message.
 
         Raises:
-            UserError: it has died.
+            WorkerDiedError: it has died.
         """
         try:
             return self._channel.recv()
         except (EOFError, ConnectionError):
-            raise UserError(self._obituary()) from None
+            raise WorkerDiedError(self._obituary()) from None
 
     def hang_up(self) -> None:
         """Let it close its environments and end, once it has done what it is doing."""
@@ -87,16 +98,16 @@ class WorkerProcess:
             self._process.wait()
 
     def _obituary(self) -> str:
-        first, last = self._rows[0], self._rows[-1]
         try:
             code = self._process.wait(GRACE_S)
             cause = f"has died (killed: {signal.strsignal(-code)})" if code < 0 else f"has died (exit status {code})"
         except subprocess.TimeoutExpired:
             cause = "does not answer any more"
-        return (
-            f"the worker process of environments {first} to {last} {cause}; was there too little memory, or "
-            "did the environment crash? threads=1 runs it in the main process"
-        )
+        return f"the worker process of {self._whose()} {cause}"
+
+    def _whose(self) -> str:
+        first, last = self._rows[0], self._rows[-1]
+        return f"environments {first} to {last}" if first < last else f"environment {first}"
 
 
 def end_all(workers: Sequence[WorkerProcess]) -> None:

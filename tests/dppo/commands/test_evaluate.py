@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,14 +84,50 @@ def test_a_policy_that_knows_no_task_is_refused(refused, small_policy, tmp_path)
 
 def test_a_task_whose_environment_is_not_installed_says_so(refused, small_policy, tmp_path):
     save_checkpoint(tmp_path / "1", small_policy("gaussian"), Task("elsewhere", "no_such_package:Reach-v0"), {})
-    message = refused("evaluate", f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}")
+    arguments = [f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}", "trust=no_such_package"]
+    message = refused("evaluate", *arguments)
     assert "needs the Python module 'no_such_package'; install it" in message
 
 
-def test_an_environment_that_returns_nan_is_named(refused, small_policy, tmp_path):
+@pytest.mark.parametrize("command", ["evaluate", "finetune"])
+def test_no_module_is_imported_because_a_checkpoint_says_so(
+    refused, small_policy, tmp_path, monkeypatch, tiny, command
+):
+    """Not even in what looks for settings that follow from the checkpoint."""
+    (tmp_path / "mischief.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mischief", raising=False)
+    save_checkpoint(tmp_path / "1", small_policy("gaussian"), Task("elsewhere", "mischief:Reach-v0"), {})
+    arguments = [*tiny[command], f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}"]
+    message = refused(command, *arguments)
+    assert "asks for an environment of the module 'mischief'" in message and "add trust=mischief" in message
+    assert not (tmp_path / "trace").exists() and not (tmp_path / "run").exists()
+    refused(command, *arguments, "trust=mischief")  # which has no such environment
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "finetune"])
+def test_an_id_of_gymnasium_that_imports_what_it_is_told_is_refused(refused, small_policy, tmp_path, tiny, command):
+    task = Task("elsewhere", "GymV26Environment-v0", {"env_id": "mischief:Reach-v0"})
+    save_checkpoint(tmp_path / "1", small_policy("gaussian"), task, {})
+    message = refused(command, *tiny[command], f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}")
+    assert "asks for GymV26Environment-v0, which imports what it is told" in message
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "", ".", "..", "a\\b", "a\nb"])
+def test_a_task_in_a_checkpoint_names_no_path(refused, small_policy, tmp_path, name):
+    save_checkpoint(tmp_path / "1", small_policy("gaussian"), Task("point", "Point-v0"), {})
+    path = tmp_path / "1" / "policy" / "config.json"
+    content = json.loads(path.read_text())
+    content["metadata"]["task"]["name"] = name
+    path.write_text(json.dumps({**content, "sha256": None}))
+    assert "a task's name becomes part of paths" in refused("evaluate", f"checkpoint={tmp_path / '1'}")
+
+
+def test_an_environment_that_only_ever_returns_nan_is_given_up(refused, small_policy, tmp_path):
     save_checkpoint(tmp_path / "1", small_policy("gaussian"), Task("point", "Point-v0", {"broken": 1}), {})
-    message = refused("evaluate", f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}")
-    assert "environment 0: non-finite reward" in message
+    message = refused("evaluate", f"checkpoint={tmp_path / '1'}", f"run={tmp_path / 'run'}", "episodes=3", "num_envs=3")
+    assert "task point: 6 episodes were dropped" in message
 
 
 def test_a_checkpoint_whose_environment_has_changed_its_dimensions_is_refused_with_both(

@@ -237,7 +237,7 @@ def test_a_run_is_overwritten_only_if_that_is_asked_for(tune):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([*SCRATCH, "+task.env_kwargs.broken=2"], "environment 0: non-finite reward (nan at index"),
+        ([*SCRATCH, "+task.env_kwargs.broken=2"], "task point: 6 episodes were dropped"),
         ([*SCRATCH, "policy.chunk=9", "task.max_episode_steps=8"], "a chunk of 9 actions is longer than an episode"),
         ([*SCRATCH, "num_envs=0"], "must be at least 1"),
         ([*SCRATCH, "evaluation.episodes=0"], "evaluation needs at least one episode"),
@@ -268,7 +268,13 @@ def test_what_is_refused_at_once_leaves_no_run_directory(refused, point, tiny, t
 
 
 def test_a_training_that_diverges_is_one_line_and_keeps_its_metrics(refused, point, tiny, tmp_path):
-    settings = [*SCRATCH, "algo.learning_rate=1e30", "algo.max_grad_norm=null", "evaluation.episodes=1"]
+    settings = [
+        *SCRATCH,
+        "algo.learning_rate=1e30",
+        "algo.max_grad_norm=null",
+        "evaluation.episodes=1",
+        "env_steps=900",
+    ]
     message = refused("finetune", *tiny["finetune"], *point, f"run={tmp_path / 'run'}", *settings)
     assert "lower the learning rate" in message
     assert (tmp_path / "run" / "metrics.jsonl").exists()

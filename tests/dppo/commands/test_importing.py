@@ -150,7 +150,4 @@ def test_no_module_is_imported_because_a_repository_says_so(
     monkeypatch.setattr(hub, "download", lambda repository, patterns: tmp_path / "remote")
     for command in ("finetune", "evaluate"):
         message = refused(command, "checkpoint=owner/name")
-        assert (
-            "owner/name is for no_such_module:Point-v0, and no module is imported because a repository says so"
-            in message
-        )
+        assert "owner/name asks for an environment of the module 'no_such_module', which would be imported" in message

@@ -24,6 +24,7 @@ from dppo.cli import main
 from dppo.commands import finetune
 from dppo.configuration import compose_config, overridden_keys
 from dppo.output.metrics import read_metrics
+from dppo.output.run_directory import RunDirectory
 from dppo.trainer import Trainer
 from policies import UserError
 
@@ -471,3 +472,21 @@ def test_a_second_interruption_ends_at_once(tune, monkeypatch, tmp_path):
         tune("run")
     assert newest(tmp_path / "run").name == "120"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- runs from elsewhere
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_no_module_is_imported_because_a_run_that_is_resumed_says_so(refused, tmp_path, monkeypatch, command):
+    """Nor because it says that it is trusted."""
+    (tmp_path / "mischief.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mischief", raising=False)
+    config = compose_config(command, ["task.env_id=mischief:Reach-v0", "trust=mischief"])
+    RunDirectory.create(tmp_path / "run", overwrite=False, config=config)
+    message = refused(command, f"resume={tmp_path / 'run'}")
+    assert "config.yaml asks for an environment of the module 'mischief'" in message
+    assert not (tmp_path / "trace").exists()
+    refused(command, f"resume={tmp_path / 'run'}", "trust=mischief")
+    assert (tmp_path / "trace").exists()

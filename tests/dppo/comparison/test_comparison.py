@@ -312,3 +312,16 @@ def test_what_is_missing_is_named_in_the_report(tmp_path):
     table = Table(finished(runs), ["cartpole"], METHODS)
     text = write_report(table, runs[1:], name="trial", command="x", output=tmp_path).read_text()
     assert "Not finished: bad, cartpole, seed 0; good, hopper, seed 0;" in text
+
+
+def test_the_configuration_of_a_run_is_read_as_text(tmp_path, monkeypatch):
+    """No resolver of OmegaConf's runs, no object is made, no tag of YAML's obeyed."""
+    monkeypatch.setenv("SECRET", "told")
+    (run, *_) = plan(config(), tmp_path)
+    finish(run, 1.0)
+    (result,) = finished([run])
+    run.directory.config_path.write_text("provenance: {git: '${oc.env:SECRET}', started: {_target_: os.getcwd}}")
+    assert result.provenance == {"git": "${oc.env:SECRET}", "started": {"_target_": "os.getcwd"}}
+    run.directory.config_path.write_text("provenance: !!python/object/apply:os.getcwd []")
+    with pytest.raises(UserError, match=r"config.yaml cannot be read: .*python/object"):
+        _ = result.provenance

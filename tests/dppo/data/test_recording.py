@@ -200,3 +200,28 @@ def test_exactly_one_positive_amount_must_be_given(amount):
     env = gym.make("Reuses-v0")
     with pytest.raises(UserError, match="give one of steps and episodes"):
         recording.record(env, Follows(env.action_space), DATASET, seed=0, **amount)
+
+
+@pytest.mark.parametrize("file", ["data/main_data.hdf5", "data/metadata.json", "sha256.json"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_flipped_bit_in_what_was_recorded_is_noticed(datasets_folder, file, share):
+    env = gym.make("Reuses-v0")
+    recording.record(env, Follows(env.action_space), DATASET, seed=0, episodes=2)
+    assert len(demos.load_episodes(DATASET)) == 2
+    path = datasets_folder / DATASET / file
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged"):
+        demos.load_episodes(DATASET)
+
+
+def test_a_recording_that_was_changed_on_purpose_is_read_without_its_checksums(datasets_folder):
+    env = gym.make("Reuses-v0")
+    recording.record(env, Follows(env.action_space), DATASET, seed=0, episodes=2)
+    path = datasets_folder / DATASET / "data" / "metadata.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(UserError, match=r"metadata.json is damaged or was changed: .* or remove .*sha256.json"):
+        demos.load_episodes(DATASET)
+    (datasets_folder / DATASET / "sha256.json").unlink()
+    assert len(demos.load_episodes(DATASET)) == 2

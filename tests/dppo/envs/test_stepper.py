@@ -183,31 +183,60 @@ def test_a_seed_repeats_the_trajectory_and_gives_every_environment_its_own():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bad", ["observation", "reward"])
-def test_a_value_that_is_not_finite_names_the_environment_and_the_quantity(counting_env, mode, bad):
-    stepper = counting_stepper(counting_env, [(9, True, False)], mode, history=1, chunk=3, bad=bad)
+@pytest.mark.parametrize("bad", ["observation", "reward", "huge"])
+@pytest.mark.parametrize("length", [9, 3])
+def test_an_episode_is_dropped_where_a_value_is_not_finite_and_a_new_one_begins(counting_env, mode, bad, length):
+    """Whether the episode would have gone on or not."""
+    endings = [(9, True, False), (length, True, False)]
+    stepper = counting_stepper(counting_env, endings, mode, history=1, chunk=3, num_envs=2, bad=bad)
     stepper.reset(0)
-    with pytest.raises(UserError, match=f"environment 1: non-finite {bad} "):
-        stepper.step(np.zeros((NUM_ENVS, 3, 2), np.float32))
+    step = stepper.step(np.zeros((2, 3, 2), np.float32))
+    assert step.dropped.tolist() == step.truncated.tolist() == [False, True]
+    assert step.valid.tolist() == [True, False]
+    assert not step.terminated.any()
+    assert step.steps.tolist() == [3, 0]
+    assert step.step_rewards.tolist() == [[1, 2, 3], [0, 0, 0]]
+    assert step.obs.tolist() == step.final_obs.tolist() == [[[3, 0]], [[0, 2]]]
+    following = stepper.step(np.zeros((2, 3, 2), np.float32))
+    assert following.valid.all() and not following.dropped.any()
+    assert following.obs.tolist() == [[[6, 0]], [[3, 2]]]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_last_observation_that_is_not_finite_is_found_although_the_environment_was_reset(counting_env, mode):
-    stepper = counting_stepper(counting_env, [(3, True, False)], mode, history=1, chunk=3, bad="observation")
+def test_a_first_observation_that_is_not_finite_is_asked_for_again_and_costs_no_episode(counting_env, mode):
+    endings = [(9, True, False), (1, True, False)]
+    stepper = counting_stepper(counting_env, endings, mode, history=1, chunk=1, num_envs=2, bad="one reset")
     stepper.reset(0)
-    with pytest.raises(UserError, match=r"environment 1: non-finite observation \(nan at index \(0, 1\)\)"):
-        stepper.step(np.zeros((NUM_ENVS, 3, 2), np.float32))
+    steps = [stepper.step(np.zeros((2, 1, 2), np.float32)) for _ in range(3)]
+    assert not any(step.dropped.any() for step in steps)
+    assert all(np.isfinite(value).all() for step in steps for value in vars(step).values())
+    assert steps[0].terminated.tolist() == [False, True]
+    episodes = {int(step.obs[1, 0, 1]) for step in steps}
+    assert 3 in episodes and 2 not in episodes
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_first_observation_that_is_not_finite_is_found_when_the_policy_would_see_it(counting_env, mode):
+def test_an_environment_that_begins_again_and_again_with_what_is_not_finite_is_an_error(counting_env, mode):
     endings = [(9, True, False), (1, True, False)]
     stepper = counting_stepper(counting_env, endings, mode, history=1, chunk=1, bad="reset")
     stepper.reset(0)
-    with pytest.raises(UserError, match=r"environment 1: non-finite observation \(inf"):
+    with pytest.raises(
+        UserError, match=r"environment 1: non-finite first observation \(inf at index \(0, 0\)\); .* 5 "
+    ):
         stepper.step(np.zeros((NUM_ENVS, 1, 2), np.float32))
         assert mode is AutoresetMode.NEXT_STEP, "the other modes reset at once"
         stepper.step(np.zeros((NUM_ENVS, 1, 2), np.float32))
+
+
+def test_a_simulation_that_becomes_unstable_costs_its_own_episode_alone():
+    env = make_vector_env(Task("cheetah", "HalfCheetah-v5"), 2, history=1, chunk=1)
+    stepper = Stepper(env)
+    stepper.reset(0)
+    env.unwrapped._physics.place(1, np.full(9, np.nan), np.zeros(9))  # type: ignore[attr-defined]
+    step = stepper.step(np.zeros((2, 1, 6), np.float32))
+    assert step.dropped.tolist() == [False, True]
+    assert np.isfinite(step.obs).all()
+    assert stepper.step(np.zeros((2, 1, 6), np.float32)).valid.all()
 
 
 def test_an_action_that_is_not_finite_is_blamed_on_the_policy(counting_env):

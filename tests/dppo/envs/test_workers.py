@@ -21,6 +21,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import SyncVectorEnv
 
 from dppo.envs.one_by_one import OneByOne
+from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env, sync_vector_env, worker_vector_env
 from dppo.envs.workers import process
 from dppo.envs.workers.process import WorkerProcess
@@ -288,16 +289,103 @@ def test_actions_of_the_wrong_shape_are_refused(faulty, shape):
         faulty.step(np.zeros(shape, np.float32))
 
 
-def test_a_process_that_is_killed_is_reported_at_once_and_the_others_end(worker_env):
+def kill(pid: float) -> None:
+    os.kill(int(pid), signal.SIGKILL)
+    while Path(f"/proc/{int(pid)}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.001)
+
+
+def test_a_process_that_dies_is_replaced_and_the_episodes_of_its_environments_are_dropped(worker_env, caplog):
+    env = worker_env(num_envs=4)
+    first = env.reset(seed=3)[0][:, 0]
+    obs, rewards, terminated, truncated, infos = env.step(deeds(0, 0, SUICIDE, 0))
+    assert infos["dropped"].tolist() == truncated.tolist() == [False, False, True, True]
+    assert not terminated.any() and not rewards.any()
+    assert not infos["final_info"]["steps"].any()
+    assert not obs[:2].any()
+    assert obs[2, 0, 0] == obs[3, 0, 0] != first[2, 0]
+    assert gone(first[2, 0])
+    assert env.restarts == 1
+    assert "environments 2 to 3 has died (killed: Killed); another one takes its place" in caplog.text
+    assert "dropped" not in env.step(deeds(0, 0, 0, 0))[-1]
+
+
+def test_what_takes_the_place_of_a_process_is_seeded_anew_and_alike_in_every_run(worker_env):
+    seeds = []
+    for _ in range(2):
+        env = worker_env(num_envs=2)
+        env.reset(seed=3)
+        seeds.append([env.step(deeds(0, SUICIDE))[0][1, 0, 2], env.step(deeds(0, SUICIDE))[0][1, 0, 2]])
+    assert seeds[0] == seeds[1]
+    assert len({4, *seeds[0]}) == 3
+
+
+def test_three_deaths_in_a_row_are_an_error_and_the_other_processes_end(worker_env):
     env = worker_env(num_envs=4)
     pids = env.reset()[0][:, 0, 0]
-    began = time.monotonic()
-    with pytest.raises(UserError, match=r"environments 2 to 3 has died \(killed: Killed\).*threads=1"):
+    env.step(deeds(0, 0, SUICIDE, 0))
+    env.step(deeds(0, 0, 0, SUICIDE))
+    message = r"environments 2 to 3 has died \(killed: Killed\), 3 times in a row; .*memory.*threads=1"
+    with pytest.raises(UserError, match=message):
         env.step(deeds(0, 0, SUICIDE, 0))
-    assert time.monotonic() - began < 2
-    assert gone(pids[0]) and gone(pids[2])
+    assert gone(pids[0])
     with pytest.raises(ClosedEnvironmentError):
         env.step(deeds(0, 0, 0, 0))
+
+
+def test_deaths_with_a_step_in_between_are_not_in_a_row(worker_env):
+    env = worker_env(num_envs=2)
+    env.reset()
+    for _ in range(3):
+        env.step(deeds(SUICIDE, 0))
+        env.step(deeds(0, 0))
+    assert env.restarts == 3
+
+
+def test_a_death_during_a_reset_changes_nothing(worker_env):
+    env = worker_env(num_envs=4)
+    kill(env.reset()[0][2, 0, 0])
+    assert env.reset(seed=7)[0][:, 0, 2].tolist() == [7, 8, 9, 10]
+    assert "dropped" not in env.step(deeds(0, 0, 0, 0))[-1]
+
+
+def test_an_episode_that_is_lost_while_others_are_reset_is_dropped_in_the_next_step(worker_env):
+    env = worker_env(num_envs=4)
+    kill(env.reset(seed=0)[0][2, 0, 0])
+    obs, _ = env.reset(seed=7, options={"reset_mask": np.array([True, False, True, False])})
+    assert obs[[0, 2], 0, 2].tolist() == [7, 9]
+    assert env.step(deeds(0, 0, 0, 0))[-1]["dropped"].tolist() == [False, False, False, True]
+
+
+def test_a_death_while_the_state_is_told_or_put_back_costs_no_more_than_the_episodes(worker_env):
+    env = worker_env(Task("point", "Point-v0"), num_envs=4)
+    env.reset(seed=3)
+    process = env._workers[1]._process
+    process.kill()
+    process.wait()
+    state = env.get_state()
+    assert len(state["envs"]) == 4
+    assert env.step(np.zeros((4, 1, 2), np.float32))[-1]["dropped"].tolist() == [False, False, True, True]
+    process = env._workers[0]._process
+    process.kill()
+    process.wait()
+    env.set_state(state)
+    found = env.step(np.zeros((4, 1, 2), np.float32))
+    assert "dropped" not in found[-1]
+    env.set_state(state)
+    expected = env.step(np.zeros((4, 1, 2), np.float32))
+    assert_same(found[0], expected[0], "the same step again")
+
+
+def test_a_stepper_has_no_transition_where_a_process_died(worker_env):
+    stepper = Stepper(worker_env(num_envs=4))
+    stepper.reset(0)
+    step = stepper.step(deeds(0, 0, SUICIDE, 0))
+    assert step.valid.tolist() == [True, True, False, False]
+    assert step.dropped.tolist() == step.truncated.tolist() == [False, False, True, True]
+    assert step.steps.tolist() == [1, 1, 0, 0]
+    np.testing.assert_array_equal(step.final_obs[2:], step.obs[2:])
+    assert stepper.restarts == 1
 
 
 def test_an_interruption_ends_the_processes_even_if_an_environment_hangs(worker_env, monkeypatch):
@@ -443,6 +531,16 @@ def test_an_environment_that_cannot_be_made_elsewhere_stays_in_this_process(chos
     monkeypatch.setitem(gymnasium.registry, "Bound-v0", spec)
     assert chosen(Task("bound", "Bound-v0"), threads=2) is OneByOne
     assert "task bound: " in caplog.text and "bound to one process" in caplog.text
+
+
+def test_a_process_that_dies_at_its_start_is_no_reason_to_make_the_environments_here(chosen, monkeypatch):
+    here = os.getpid()
+    spec = EnvSpec("Large-v0", lambda: FaultyEnv() if os.getpid() == here else os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setitem(gymnasium.registry, "Large-v0", spec)
+    with pytest.raises(
+        UserError, match=r"worker process of environment 0 has died \(killed: Killed\), 3 times in a row"
+    ):
+        chosen(Task("large", "Large-v0"), threads=2)
 
 
 def test_an_environment_that_fails_when_it_is_tried_out_fails_where_it_is_used(chosen, monkeypatch):

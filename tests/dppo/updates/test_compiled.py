@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.compiled import CompiledStep
+from dppo.updates.faults import MOST_SKIPPED, NotFiniteError
 from dppo.updates.first_order_config import PPOKLConfig, PPOMaskConfig
 from dppo.updates.gradient import GradientStep
-from dppo.updates.objective import Objective, Rows, as_it_is
+from dppo.updates.objective import Objective, Outcome, Rows, as_it_is
 from dppo.updates.optimizer import FlatAdamW
 from dppo.updates.step import make_step
 from policies import UserError
@@ -72,7 +73,7 @@ def test_steps_are_those_that_are_not_compiled(settings):
         ours.optimizer.learning_rate = theirs.optimizer.learning_rate = 0.02 / (1 + turn)
         minibatch = data(rows, seed=turn, scale=10.0 ** (turn % 3))
         (found, taken), (expected, _) = compiled(minibatch), step(minibatch)
-        assert taken
+        assert taken is Outcome.TAKEN
         assert [column.shape for column in found] == [(rows,), (rows,)]
         assert not any(column.requires_grad for column in found)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -112,29 +113,47 @@ def test_a_step_that_is_not_allowed_is_not_taken(limit):
     ours, compiled, _, _ = both(allow=lambda rows: rows[0].mean() < limit)
     before = state(ours)
     (errors, _), taken = compiled(data(8))
-    assert taken == (limit > 1)
+    assert taken is (Outcome.TAKEN if limit > 1 else Outcome.REFUSED)
     assert errors.shape == (8,)
-    assert all(torch.equal(new, old) for new, old in zip(state(ours), before, strict=True)) != taken
+    assert all(torch.equal(new, old) for new, old in zip(state(ours), before, strict=True)) == (limit < 1)
 
 
-def test_a_loss_that_is_not_finite_is_an_error_and_no_step():
-    ours, compiled, _, _ = both(max_grad_norm=0.5, weight_decay=0.1)
-    compiled(data(8))
+def test_a_loss_that_is_not_finite_is_skipped_as_it_is_without_compiling():
+    ours, compiled, theirs, step = both(max_grad_norm=0.5, weight_decay=0.1)
+    compiled(data(8)), step(data(8))
     before = state(ours)
-    with pytest.raises(UserError, match=r"^the test network's loss became inf; lower the learning rate"):
-        compiled(data(8, scale=torch.inf))
+    for skipped in (compiled(data(8, scale=torch.inf)), step(data(8, scale=torch.inf))):
+        assert skipped[1] is Outcome.SKIPPED
     assert all(torch.equal(new, old) for new, old in zip(state(ours), before, strict=True))
-    compiled(data(8))
+    compiled(data(8)), step(data(8))
     assert not torch.equal(ours.optimizer.parameters.values, before[0])
+    torch.testing.assert_close(state(ours), state(theirs), rtol=1e-4, atol=1e-5)
+    assert ours.optimizer.skips.since_last() == theirs.optimizer.skips.since_last() == 1
 
 
-def test_a_gradient_that_is_not_finite_is_an_error_and_no_step():
+def test_a_gradient_that_is_not_finite_is_skipped():
     task = Regression(weight_decay=0.1)
     steep = Objective[Data](task.network, lambda data: ((0 * task.network(data[0])).abs().sqrt().squeeze(1),))
     before = state(task)
-    with pytest.raises(UserError, match=r"^the test network's gradient of the loss became nan; lower the learning"):
-        CompiledStep(steep, task.optimizer)(data(8))
+    assert CompiledStep(steep, task.optimizer)(data(8))[1] is Outcome.SKIPPED
     assert all(torch.equal(new, old) for new, old in zip(state(task), before, strict=True))
+
+
+def test_after_too_many_skipped_steps_both_kinds_give_the_same_evidence():
+    found = []
+    for step in both()[1::2]:
+        for _ in range(MOST_SKIPPED - 1):
+            step(data(8, scale=torch.inf))
+        with pytest.raises(
+            NotFiniteError, match=r"^10 updates of the test network in a row had a loss \(inf\)"
+        ) as caught:
+            step(data(8, scale=torch.inf))
+        found.append(caught.value.evidence)
+    assert (
+        found[0].keys() == found[1].keys() >= {"minibatch/1", "rows/0", "gradient_norm/0.weight", "parameters/2.bias"}
+    )
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], equal_nan=True)
 
 
 def test_parameters_that_were_moved_are_an_error_and_not_left_behind():

@@ -17,6 +17,7 @@ from dppo.rollout import collect_rollout
 from dppo.surrogates import approximate_kl
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch, PairOrder, Pairs, Targets
+from dppo.updates.faults import NotFiniteError
 from dppo.updates.first_order import FirstOrder
 from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig, PPOMaskConfig
 from dppo.updates.natural import TRPOConfig
@@ -495,15 +496,46 @@ def test_compiling_without_a_compiler_is_refused(make_trainer, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "what"), [("advantages", "policy"), ("returns", "critic"), ("log_prob_factors", "policy")]
 )
-def test_a_loss_that_is_not_finite_is_an_error_and_destroys_no_parameters(make_trainer, field, what, target_kl):
+def test_losses_that_are_never_finite_are_an_error_and_destroy_no_parameters(make_trainer, field, what, target_kl):
     trainer = make_trainer("gaussian", batch_size=8, target_kl=target_kl)
     batch = rollout_batch(trainer)
     broken = Batch(**{**vars(batch), field: torch.full_like(getattr(batch, field), torch.nan)})
     critic = weights(trainer.critic)
-    with pytest.raises(UserError, match=f"^the {what} network's loss became nan; lower the learning rate"):
+    with pytest.raises(NotFiniteError, match=f"^10 updates of the {what} network in a row had a loss .nan. "):
         trainer.update_rule.update(broken, progress=0.0, iteration=0)
     assert changed(critic, trainer.critic) == set()
     assert all(parameter.isfinite().all() for parameter in trainer.policy.parameters())
+
+
+def test_a_minibatch_whose_loss_is_not_finite_is_skipped_and_in_no_metric(make_trainer):
+    trainer = make_trainer("gaussian", epochs=3, batch_size=8, normalize_advantages=False)
+    batch = rollout_batch(trainer)
+    advantages, returns = batch.advantages.clone(), batch.returns.clone()
+    advantages[0], returns[0] = torch.nan, torch.nan
+    before = weights(trainer.policy.network)
+    row = trainer.update_rule.update(
+        dataclasses.replace(batch, advantages=advantages, returns=returns), progress=0.0, iteration=0
+    )
+    minibatches = -(-len(batch) // 8)
+    assert (row["skipped_updates"], row["skipped_critic_updates"]) == (3, 3)
+    assert row["actor_steps"] == 3 * (minibatches - 1)
+    assert all(math.isfinite(row[name]) for name in ("policy_loss", "approx_kl", "value_loss"))
+    assert changed(before, trainer.policy.network)
+
+
+def test_an_update_in_which_everything_is_skipped_says_so_and_is_forgotten(make_trainer):
+    trainer = make_trainer("gaussian")
+    batch = rollout_batch(trainer)
+    broken = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, torch.nan))
+    config = PPOKLConfig(epochs=2, batch_size=None, critic_epochs=1)
+    rule = make_update_rule(config, trainer.policy, trainer.critic, torch.Generator().manual_seed(3))
+    before = copy.deepcopy(rule.state_dict()["surrogate"])
+    row = rule.update(broken, progress=0.0, iteration=0)
+    assert (row["skipped_updates"], row["actor_steps"], row["policy_loss"]) == (2, 0, None)
+    assert rule.state_dict()["surrogate"] == before
+    for _ in range(5):  # two of ten: they are not in a row with others
+        rule.update(batch, progress=0.0, iteration=0)
+        assert rule.update(broken, progress=0.0, iteration=0)["skipped_updates"] == 2
 
 
 def test_the_same_generator_gives_the_same_update(make_trainer, updated):

@@ -15,9 +15,10 @@ from dppo.critic import Critic
 from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
+from dppo.updates.faults import NotFiniteError
 from dppo.updates.fisher import fisher_product
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
-from policies import DiffusionPolicy, UserError, log_prob_factors
+from policies import DiffusionPolicy, log_prob_factors
 from policies.chain import DiffusionConfig
 
 CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
@@ -212,13 +213,19 @@ def test_advantages_that_say_nothing_move_nothing(make_trainer):
     assert torch.equal(rule_of(trainer).parameters.values, before)
 
 
-def test_an_advantage_that_is_not_finite_is_an_error_and_no_step(make_trainer):
+def test_an_advantage_that_is_not_finite_is_no_step_and_ten_in_a_row_are_an_error(make_trainer):
     trainer = make_trainer("gaussian", TRPOConfig())
     batch = rollout_batch(trainer)
     before = rule_of(trainer).parameters.values.clone()
     broken = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, torch.nan))
-    with pytest.raises(UserError, match=r"^the policy network's loss became nan"):
+    for _ in range(9):
+        row = update(trainer, broken)
+        assert (row["skipped_updates"], row["actor_steps"], row["policy_loss"]) == (1, 0, None)
+    with pytest.raises(
+        NotFiniteError, match=r"^10 updates of the policy network in a row had a loss \(nan\)"
+    ) as caught:
         update(trainer, broken)
+    assert {"batch/advantages", "gradient_norm", "loss"} < caught.value.evidence.keys()
     assert torch.equal(rule_of(trainer).parameters.values, before)
 
 

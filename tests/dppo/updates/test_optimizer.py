@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dppo.updates.optimizer import FlatAdamW
-from policies import Policy, UserError
+from policies import Policy
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -20,6 +22,11 @@ def network(seed: int = 0) -> nn.Sequential:
 
 def flat(parameters: Any, **settings: Any) -> FlatAdamW:
     return FlatAdamW(parameters, **{"learning_rate": 0.1, "what": "policy", **settings})
+
+
+def step_of(optimizer: FlatAdamW, waiting: bool | int) -> Callable[[Tensor, Tensor], Any]:
+    """Both kinds of step take a gradient and a loss."""
+    return partial(optimizer.step, evidence=dict) if waiting else optimizer.step_if_finite
 
 
 def content(module: nn.Module) -> dict[str, Tensor]:
@@ -58,7 +65,7 @@ def test_steps_are_those_of_adamw_on_the_separate_parameters_with_clipped_gradie
         optimizer.learning_rate = reference.param_groups[0]["lr"] = rate
         scale = 10.0 ** (step % 3)  # gradients of different lengths, or clipping them would not show
         loss = loss_of(ours, step, scale)
-        optimizer.step(optimizer.parameters.gradient(loss), loss.detach() if step % 2 else None)
+        step_of(optimizer, step % 2)(optimizer.parameters.gradient(loss), loss.detach())
         reference.zero_grad()
         loss_of(theirs, step, scale).backward()
         if max_grad_norm is not None:
@@ -71,12 +78,12 @@ def test_steps_are_those_of_adamw_on_the_separate_parameters_with_clipped_gradie
 
 
 @pytest.mark.parametrize(("max_grad_norm", "length"), [(0.5, 0.5), (100.0, 10.0), (None, 10.0)])
-@pytest.mark.parametrize("checked", [False, True])
-def test_a_gradient_is_shortened_to_the_largest_norm_allowed(max_grad_norm, length, checked):
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_gradient_is_shortened_to_the_largest_norm_allowed(max_grad_norm, length, waiting):
     weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 1))]
     optimizer = flat(weights, max_grad_norm=max_grad_norm)
     loss = 6 * weights[0].sum() + 8 * weights[1].sum()
-    optimizer.step(optimizer.parameters.gradient(loss), loss.detach() if checked else None)
+    step_of(optimizer, waiting)(optimizer.parameters.gradient(loss), loss.detach())
     moments = optimizer.state_dict()
     learned = moments["exp_avg"] / 0.1
     assert learned.tolist() == pytest.approx([0.6 * length, 0.8 * length], rel=1e-4)
@@ -87,7 +94,7 @@ def test_the_learning_rate_is_that_of_the_next_step():
     optimizer = flat([weight], learning_rate=1.0)
     optimizer.learning_rate = 0.3
     assert optimizer.learning_rate == 0.3
-    optimizer.step(optimizer.parameters.gradient(weight.sum()))
+    optimizer.step_if_finite(optimizer.parameters.gradient(weight.sum()), torch.zeros(()))
     assert weight.item() == pytest.approx(-0.3)
 
 
@@ -96,7 +103,7 @@ def test_the_gradient_is_zero_for_parameters_that_the_loss_does_not_depend_on():
     optimizer = flat([unused, used])
     gradient = optimizer.parameters.gradient(used.square().sum())
     assert gradient.tolist() == [0.0, 2.0, 4.0]
-    optimizer.step(gradient)
+    optimizer.step_if_finite(gradient, torch.zeros(()))
     assert unused.item() == 3.0
     assert used.tolist() == pytest.approx([0.9, 1.9])
 
@@ -107,7 +114,8 @@ def test_parameters_that_require_no_gradient_stay_where_and_what_they_are():
     frozen = module[2].weight
     before, memory = frozen.clone(), frozen.data_ptr()
     optimizer = flat(module.parameters(), weight_decay=0.5)
-    optimizer.step(optimizer.parameters.gradient(loss_of(module, 0)))
+    loss = loss_of(module, 0)
+    optimizer.step_if_finite(optimizer.parameters.gradient(loss), loss)
     assert torch.equal(frozen, before)
     assert frozen.data_ptr() == memory
     assert len(optimizer.parameters.values) == sum(p.numel() for p in module.parameters()) - frozen.numel()
@@ -116,26 +124,30 @@ def test_parameters_that_require_no_gradient_stay_where_and_what_they_are():
 # --- errors
 
 
+@pytest.mark.parametrize("waiting", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [0.5, None])
-def test_a_gradient_that_is_not_finite_is_an_error_and_no_step(max_grad_norm):
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(max_grad_norm, waiting):
     weight = nn.Parameter(torch.zeros(2))
     optimizer = flat([weight], max_grad_norm=max_grad_norm)
     loss = weight.abs().sqrt().sum()  # 0, but its slope is not finite
-    message = "^the policy network's gradient of the loss became (nan|inf); lower the learning rate"
-    with pytest.raises(UserError, match=message):
-        optimizer.step(optimizer.parameters.gradient(loss), loss.detach())
+    assert not step_of(optimizer, waiting)(optimizer.parameters.gradient(loss), loss.detach())
     assert weight.tolist() == [0.0, 0.0]
     assert not any(moment.any() for moment in optimizer.state_dict().values())
 
 
+@pytest.mark.parametrize("waiting", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_an_error_that_names_the_network_and_no_step(value):
+def test_a_loss_that_is_not_finite_leaves_everything_as_it_was_and_the_next_step_is_taken(value, waiting):
     module = network()
     optimizer = flat(module.parameters(), what="critic", weight_decay=0.5)
-    before = content(module)
-    with pytest.raises(UserError, match=f"^the critic network's loss became {value}; lower the learning rate"):
-        optimizer.step(torch.ones_like(optimizer.parameters.values), torch.tensor(value))
+    step, gradient = step_of(optimizer, waiting), torch.ones_like(optimizer.parameters.values)
+    step(gradient, torch.tensor(0.0))
+    before, moments = content(module), copy.deepcopy(optimizer.state_dict())
+    assert not step(gradient, torch.tensor(value))
     assert all(torch.equal(value, before[name]) for name, value in content(module).items())
+    assert all(torch.equal(value, moments[name]) for name, value in optimizer.state_dict().items())
+    assert step(gradient, torch.tensor(0.0))
+    assert optimizer.moments[2] == 2
 
 
 # --- parameters as views
@@ -157,7 +169,8 @@ def test_weights_that_are_loaded_are_those_that_learn_on():
     assert_views(optimizer, module)
     assert loss_of(module, 0) == loss_of(network(seed=1), 0)
     before = content(module)
-    optimizer.step(optimizer.parameters.gradient(loss_of(module, 0)))
+    loss = loss_of(module, 0)
+    optimizer.step_if_finite(optimizer.parameters.gradient(loss), loss)
     assert all(not torch.equal(value, before[name]) for name, value in content(module).items())
 
 
@@ -166,7 +179,8 @@ def test_a_copy_of_the_module_learns_nothing_and_the_module_goes_on():
     optimizer = flat(module.parameters())
     twin = copy.deepcopy(module)
     before = content(twin)
-    optimizer.step(optimizer.parameters.gradient(loss_of(module, 0)))
+    loss = loss_of(module, 0)
+    optimizer.step_if_finite(optimizer.parameters.gradient(loss), loss)
     assert_views(optimizer, module)
     assert all(torch.equal(value, before[name]) for name, value in content(twin).items())
     with torch.no_grad():
@@ -180,7 +194,7 @@ def test_a_copy_can_be_taken_over_by_an_optimiser_of_its_own():
     twin = copy.deepcopy(module)
     optimizer = flat(twin.parameters())
     before = content(module)
-    optimizer.step(optimizer.parameters.gradient(loss_of(twin, 0)))
+    optimizer.step_if_finite(optimizer.parameters.gradient(loss_of(twin, 0)), torch.zeros(()))
     assert_views(optimizer, twin)
     assert all(torch.equal(value, before[name]) for name, value in content(module).items())
 
@@ -193,7 +207,7 @@ def test_a_policy_is_saved_and_loaded_after_a_step_as_it_is_then(small_policy, t
     policy = small_policy(kind)
     optimizer = flat(policy.parameters())
     before = content(policy)
-    optimizer.step(torch.ones_like(optimizer.parameters.values))
+    optimizer.step_if_finite(torch.ones_like(optimizer.parameters.values), torch.zeros(()))
     policy.save_pretrained(tmp_path)
     assert_views(optimizer, policy)
     saved, loaded = content(policy), content(Policy.from_pretrained(tmp_path))
@@ -212,6 +226,6 @@ def test_an_adjusted_policy_learns_nothing_of_the_one_it_was_made_of(small_polic
     optimizer = flat(policy.parameters())
     adjusted = policy.adjusted(executed=1)
     before = content(adjusted)
-    optimizer.step(torch.ones_like(optimizer.parameters.values))
+    optimizer.step_if_finite(torch.ones_like(optimizer.parameters.values), torch.zeros(()))
     assert all(torch.equal(value, before[name]) for name, value in content(adjusted).items())
     assert_views(optimizer, policy)

@@ -335,3 +335,12 @@ def test_references_in_the_yaml_are_followed_and_nothing_in_it_is_computed(tmp_p
         "act_steps": "${a}",
     }
     assert settings_in_yaml({**computed, "a": "${b}", "b": "${a}"}) == {}
+
+
+def test_an_archive_that_is_compressed_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
+    content = bytearray((DATA / "original_mlp_ddpm" / "normalization.npz").read_bytes())
+    content[content.index(b"PK\x01\x02") + 10] = 99
+    path = tmp_path / "normalization.npz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as arrays"):
+        import_original(DATA / "original_mlp_ddpm" / "pretrained.pt", path, OriginalSettings(denoising_steps=20))
