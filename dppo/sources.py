@@ -135,11 +135,20 @@ def _named_or_beside(named: str | None, beside: Path) -> Path | None:
     return path
 
 
+class _WithoutAliases(yaml.SafeLoader):
+    """Refuses aliases: a few lines of them make gigabytes, or circles."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported")
+        return super().compose_node(parent, index)
+
+
 def _plain_data(path: Path) -> Mapping[str, Any]:
     """A YAML or JSON file that holds a mapping; tags that would make objects are refused."""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, _WithoutAliases)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as plain data: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, Mapping):

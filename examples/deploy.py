@@ -18,12 +18,18 @@ from policies.runner import ChunkRunner, plan_with
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("policy", help="a directory with config.json and model.safetensors")
+parser.add_argument("env_id", nargs="?", help="of Gymnasium; by default the one that the policy was trained for")
 parser.add_argument("--episodes", type=int, default=3)
 arguments = parser.parse_args()
 
 policy = Policy.from_pretrained(arguments.policy)
-task = policy.metadata["task"]
-env = gymnasium.wrappers.FlattenObservation(gymnasium.make(task["env_id"], **task["env_kwargs"]))
+task = policy.metadata.get("task", {})
+env_id = arguments.env_id or task["env_id"]
+if not arguments.env_id and (":" in env_id or env_id.startswith("GymV")):
+    parser.error(f"the policy asks for {env_id}, which imports code; if you trust it, name it after the policy")
+steps = task.get("max_episode_steps")
+env = gymnasium.make(env_id, max_episode_steps=steps, **task.get("env_kwargs", {}))
+env = gymnasium.wrappers.FlattenObservation(env)
 if isinstance(env.action_space, gymnasium.spaces.Box):
     env = gymnasium.wrappers.ClipAction(env)
 runner = ChunkRunner(plan_with(policy, seed=0), policy.config.history)

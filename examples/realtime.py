@@ -20,6 +20,7 @@ from policies.runner import plan_with
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("policy", help="a directory with config.json and model.safetensors, of continuous actions")
+parser.add_argument("env_id", nargs="?", help="of Gymnasium; by default the one that the policy was trained for")
 parser.add_argument("--rate", type=float, default=50.0, help="actions per second")
 parser.add_argument("--lead", type=int, default=2, help="ask for the next chunk with so many actions left")
 parser.add_argument("--steps", type=int, default=500)
@@ -27,8 +28,13 @@ arguments = parser.parse_args()
 
 torch.set_num_threads(1)  # the other cores are for what moves the robot
 policy = Policy.from_pretrained(arguments.policy)
-task, history = policy.metadata["task"], policy.config.history
-env = gymnasium.wrappers.FlattenObservation(gymnasium.make(task["env_id"], **task["env_kwargs"]))
+task, history = policy.metadata.get("task", {}), policy.config.history
+env_id = arguments.env_id or task["env_id"]
+if not arguments.env_id and (":" in env_id or env_id.startswith("GymV")):
+    parser.error(f"the policy asks for {env_id}, which imports code; if you trust it, name it after the policy")
+steps = task.get("max_episode_steps")
+env = gymnasium.make(env_id, max_episode_steps=steps, **task.get("env_kwargs", {}))
+env = gymnasium.wrappers.FlattenObservation(env)
 env = gymnasium.wrappers.ClipAction(env)
 plan_with(policy)(np.zeros((history, policy.config.obs_dim), np.float32))  # the first call takes longer than others
 plan, pace = Timed(plan_with(policy, seed=0)), Pace(1 / arguments.rate)

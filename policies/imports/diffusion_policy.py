@@ -9,7 +9,7 @@ runs, and no ``_target_`` is looked up.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from policies.chain import DiffusionConfig, DiffusionPolicy
 from policies.config import config_from_dict
 from policies.errors import UserError
 from policies.imports.files import (
+    counter,
     filled,
     load_plain_pickle,
     one_line,
@@ -105,8 +106,17 @@ STAND_INS: dict[str, Any] = {
 """Of each global that OmegaConf's nodes, and the pickles within the pickle, name."""
 
 
-def plain(node: Any, depth: int = 32) -> Any:
-    """What OmegaConf's nodes hold, as mappings, lists and values; their other state is dropped."""
+def plain(node: Any) -> Any:
+    """What OmegaConf's nodes hold, as mappings, lists and values; their other state is dropped.
+
+    Raises:
+        UserError: they are nested too deeply, or too many.
+    """
+    return _plain(node, 32, counter())
+
+
+def _plain(node: Any, depth: int, count: Callable[[], None]) -> Any:
+    count()
     if depth == 0:
         raise UserError("the configuration in the checkpoint is nested too deeply")
     if not isinstance(node, Inert):
@@ -118,10 +128,10 @@ def plain(node: Any, depth: int = 32) -> Any:
         return None
     content = state.get("_content", state.get("_val"))
     if isinstance(content, Mapping):
-        return {str(key): plain(value, depth - 1) for key, value in content.items()}
+        return {str(key): _plain(value, depth - 1, count) for key, value in content.items()}
     if isinstance(content, list):
-        return [plain(value, depth - 1) for value in content]
-    return plain(content, depth - 1)
+        return [_plain(value, depth - 1, count) for value in content]
+    return _plain(content, depth - 1, count)
 
 
 # --- importing

@@ -21,10 +21,11 @@ from policies.chain import DiffusionConfig, DiffusionPolicy
 from policies.config import config_from_dict
 from policies.errors import UserError
 from policies.imports.files import (
+    MOST_REFERENCES,
+    entry_at,
     filled,
     load_arrays,
     load_plain_pickle,
-    referred,
     renamed,
     tensors_under,
     without_prefix,
@@ -178,12 +179,9 @@ def read_normalization(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: one is missing or of another shape than its partner.
     """
-    arrays = load_arrays(path)
+    arrays = load_arrays(path, [f"{kind}_{end}" for kind in ("obs", "action") for end in ("min", "max")])
     for kind in ("obs", "action"):
         names = [f"{kind}_min", f"{kind}_max"]
-        missing = [name for name in names if name not in arrays]
-        if missing:
-            raise UserError(f"{path} has no {missing[0]}; it has: {', '.join(sorted(arrays)) or 'nothing'}")
         low, high = (arrays[name] for name in names)
         if low.dim() != 1 or low.shape != high.shape or not bool((low <= high).all()):
             raise UserError(f"{path}: {names[0]} and {names[1]} must be vectors of one length, the second the larger")
@@ -241,7 +239,9 @@ def _lookup(content: Mapping[str, Any], path: str) -> tuple[bool, Any]:
     for part in path.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return False, None
-        value = referred(content, value[part])
+        value = value[part]
+        for _ in range(MOST_REFERENCES):
+            value = entry_at(content, value)
     computed = isinstance(value, str) and "${" in value
     return (False, None) if computed else (True, value)
 

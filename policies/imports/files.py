@@ -6,7 +6,7 @@ import itertools
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ from policies.errors import UserError
 from policies.skeleton import check_shapes, shapes_of, skeleton
 
 Rules = Iterable[tuple[str, str]]
+MOST_UNPACKED = 2**24
+"""Bytes of an archive of statistics, of which a few thousand are usual."""
+MOST_NODES = 100_000
+"""Entries of a configuration, each counted as often as it is met: what is shared can be met 2^n times."""
+MOST_REFERENCES = 8
+"""From one to the next."""
 
 
 def load_plain_pickle(path: Path, stand_ins: Mapping[str, Any] | None = None) -> Any:
@@ -53,15 +59,22 @@ def _asked_for(error: Exception) -> str:
     return f"{what} is more than tensors and plain data, and nothing of a file is executed"
 
 
-def load_arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of an ``.npz`` in float64; objects in it are refused.
+def load_arrays(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Arrays of an ``.npz`` in float64; objects are refused, and nothing but these is read.
 
     Raises:
-        UserError: a file that is no such thing.
+        UserError: a file that is no such thing, lacks one of the arrays, or would unpack to more than `MOST_UNPACKED`.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(np.asarray(file[name], np.float64)) for name in file.files}
+            missing = [name for name in names if name not in file.files]
+            if missing:
+                raise UserError(f"{path} has no {missing[0]}; it has: {', '.join(sorted(file.files)) or 'nothing'}")
+            if sum(member.file_size for member in file.zip.infolist()) > MOST_UNPACKED:
+                raise UserError(f"{path} would unpack to more than {MOST_UNPACKED >> 20} MiB; it is not read")
+            return {name: torch.from_numpy(np.asarray(file[name], np.float64)) for name in names}
+    except UserError:
+        raise
     except Exception as error:  # a damaged archive asks for other versions of ZIP, other compression, other types
         raise UserError(f"{path} cannot be read as arrays (.npz): {one_line(error)}") from error
 
@@ -113,40 +126,76 @@ def filled(config: DiffusionConfig, networks: Mapping[str, Mapping[str, Tensor]]
     """A policy with these weights in its ``network``, and in ``frozen`` where it has one.
 
     Raises:
-        UserError: weights that are missing, superfluous or of another shape; nothing of their size was made until then.
+        UserError: weights that are missing, superfluous, of another shape, or have fewer entries of their own than they
+            show; nothing of their size was made until then.
     """
     bare = skeleton(lambda: DiffusionPolicy(config), where)
     for part, weights in networks.items():
         given = {name: tuple(value.shape) for name, value in weights.items()}
         check_shapes(shapes_of(getattr(bare, part)), given, f"{where} does not fit")
+        _refuse_shared(weights.values(), where)
     policy = DiffusionPolicy(config)
     for part, weights in networks.items():
         getattr(policy, part).load_state_dict(dict(weights))
     return policy
 
 
+def _refuse_shared(weights: Iterable[Tensor], where: str) -> None:
+    """Many weights on one storage make a large network of a small file."""
+    weights = list(weights)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (weight.untyped_storage() for weight in weights)}
+    if sum(weight.nbytes for weight in weights) > sum(storages.values()):
+        raise UserError(f"{where} holds weights that share their entries, which are fewer than they are said to be")
+
+
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
-def referred(root: Mapping[str, Any], value: Any, depth: int = 8) -> Any:
+def referred(root: Mapping[str, Any], value: Any) -> Any:
     """``value`` with each ``${path.to.entry}`` in it replaced by that entry of ``root``, as OmegaConf would.
 
     Nothing else is computed: ``${eval:...}`` and the like stay what they are, text. So does what leads nowhere, or in
     circles.
+
+    Raises:
+        UserError: more than `MOST_NODES` entries.
     """
-    if isinstance(value, Mapping):
-        return {name: referred(root, entry, depth) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [referred(root, entry, depth) for entry in value]
+    count = counter()
+
+    def resolved(value: Any, references: int) -> Any:
+        count()
+        if isinstance(value, Mapping):
+            return {name: resolved(entry, references) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [resolved(entry, references) for entry in value]
+        found = entry_at(root, value)
+        return value if found is value or references == 0 else resolved(found, references - 1)
+
+    return resolved(value, MOST_REFERENCES)
+
+
+def entry_at(root: Mapping[str, Any], value: Any) -> Any:
+    """The entry of ``root`` that ``value`` refers to, ``${path.to.entry}``; any other value is itself."""
     reference = REFERENCE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if reference is None or depth == 0:
+    if reference is None:
         return value
     found: Any = root
     for part in reference[1].split("."):
         if not isinstance(found, Mapping) or part not in found:
             return value
         found = found[part]
-    return referred(root, found, depth - 1)
+    return found
+
+
+def counter() -> Callable[[], None]:
+    """To be called at every entry of a configuration; raises a UserError after `MOST_NODES`."""
+    left = iter(range(MOST_NODES))
+
+    def count() -> None:
+        if next(left, None) is None:
+            raise UserError(f"the configuration in the checkpoint has more than {MOST_NODES:,} entries")
+
+    return count
 
 
 def one_line(error: Exception) -> str:

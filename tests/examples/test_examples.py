@@ -17,14 +17,18 @@ def pendulum(tmp_path: Path) -> Path:
     policy = Policy.from_config(
         {"type": "gaussian", "obs_dim": 3, "action_dim": 1, "network": NETWORK, "chunk": 4, "history": 2}
     )
-    policy.metadata["task"] = {"env_id": "Pendulum-v1", "env_kwargs": {}}
+    policy.metadata["task"] = {"env_id": "Pendulum-v1", "env_kwargs": {}, "max_episode_steps": 30}
     policy.save_pretrained(tmp_path)
     return tmp_path
 
 
-def printed(example: str, *arguments: str | Path) -> list[str]:
+def ran(example: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, EXAMPLES / example, *arguments]
-    done = subprocess.run(command, cwd=EXAMPLES.parent, env={"PYTHONPATH": "."}, capture_output=True, text=True)
+    return subprocess.run(command, cwd=EXAMPLES.parent, env={"PYTHONPATH": "."}, capture_output=True, text=True)
+
+
+def printed(example: str, *arguments: str | Path) -> list[str]:
+    done = ran(example, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -40,3 +44,14 @@ def test_realtime_acts_at_a_rate_and_prints_what_was_missed(pendulum: Path) -> N
     assert lines[0].startswith("210 steps at 2000 per second, ")
     assert lines[1].startswith("missed deadlines: ")
     assert lines[2].startswith("latency per chunk: median ")
+
+
+@pytest.mark.parametrize("example", ["deploy.py", "realtime.py"])
+def test_no_module_is_imported_because_a_policy_says_so(pendulum: Path, example: str) -> None:
+    policy = Policy.from_pretrained(pendulum)
+    policy.metadata["task"]["env_id"] = "no_such_module:Pendulum-v1"
+    policy.save_pretrained(pendulum)
+    refused = ran(example, pendulum)
+    assert refused.returncode == 2
+    assert "asks for no_such_module:Pendulum-v1, which imports code" in refused.stderr
+    assert ran(example, pendulum, "no_such_module:Pendulum-v1").returncode == 1, "named, it is imported"

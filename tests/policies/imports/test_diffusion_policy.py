@@ -12,7 +12,7 @@ from reference_transformer import LATENT, OBS, Reference
 from torch import Tensor
 
 from policies import DiffusionPolicy, UserError
-from policies.imports.diffusion_policy import STAND_INS, import_diffusion_policy, plain
+from policies.imports.diffusion_policy import STAND_INS, Inert, import_diffusion_policy, plain
 from policies.imports.files import load_plain_pickle, without_prefix
 
 DATA = Path(__file__).parents[2] / "data"
@@ -207,3 +207,13 @@ def test_the_stand_ins_are_called_and_are_nothing(tmp_path: Path) -> None:
     assert plain(content["cfg"]) == {"a": [1, {"b": None}], "c": "${a}", "d": 2.5}
     with pytest.raises(UserError, match="asks for omegaconf"):
         load_plain_pickle(tmp_path / "a.ckpt")
+
+
+def test_a_configuration_whose_parts_are_the_same_part_again_and_again_is_refused() -> None:
+    node: Any = "x"
+    for _ in range(25):
+        shared = Inert()
+        shared.__setstate__({"_content": [node, node]})
+        node = shared
+    with pytest.raises(UserError, match="more than 100,000 entries"):
+        plain(node)

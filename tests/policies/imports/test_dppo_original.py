@@ -305,7 +305,8 @@ def test_a_hostile_pickle_is_refused_by_name_and_nothing_runs(
 def test_objects_among_the_ranges_are_refused(tmp_path: Path) -> None:
     sentinel = tmp_path / "was_here"
     path = tmp_path / "normalization.npz"
-    np.savez(path, obs_min=np.array([Hostile(f"touch {sentinel}")], object))
+    arrays = dict.fromkeys(("obs_min", "obs_max", "action_min", "action_max"), np.zeros(1))
+    np.savez(path, **{**arrays, "obs_min": np.array([Hostile(f"touch {sentinel}")], object)})
     state = saved(tmp_path / "state.pt", {"model": network_weights("plain mlp")})
     with pytest.raises(UserError, match="cannot be read as arrays"):
         import_original(state, path, KNOWN)
