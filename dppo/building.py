@@ -219,7 +219,6 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
     named = "task" in groups or (trained_for is None and "experiment" in groups)
     task = task_for(config, str(config["checkpoint"]), trained_for, named)
     policy = fitted(policy, task, str(path), foreign.map)
-    policy.metadata.pop("evaluation", None)  # of what it will no longer be
     if config["policy"]["type"] == ODEPolicy.type and isinstance(policy, DiffusionPolicy):
         policy = ODEPolicy.from_diffusion(policy)
     if config["policy"]["type"] != policy.type:

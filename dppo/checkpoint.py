@@ -44,7 +44,7 @@ def save_checkpoint(directory: Path, policy: Policy, task: Task, trainer: Mappin
     policy.metadata["task"] = dataclasses.asdict(task)
     try:
         with new_directory(directory) as temporary:
-            policy.save_pretrained(temporary / POLICY)
+            policy.save_pretrained(temporary / POLICY, str(directory / POLICY))
             write_state(temporary / TRAINER, trainer)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -135,10 +135,10 @@ def _run(command: str, overrides: list[str]) -> int:
     from dppo.configuration import compose_config, overridden_keys
 
     overrides, for_runs = _at_dashes(command, overrides)
-    if command == "import":
-        overrides = with_named_source(overrides)
     options, overrides = _options(command, overrides)
+    source, overrides = with_source_apart(overrides) if command == "import" else (None, overrides)
     config = compose_config(command, overrides, options.config_dir)
+    config |= {} if source is None else {"source": source}
     going_on = config.get("resume") is not None  # and then nothing follows from what is given
     implied = [] if going_on else implied_choices(config, overridden_keys(overrides), options.config_dir)
     if implied:
@@ -166,12 +166,14 @@ def _at_dashes(command: str, arguments: list[str]) -> tuple[list[str], list[str]
     return arguments[:middle], arguments[middle + 1 :]
 
 
-def with_named_source(arguments: list[str]) -> list[str]:
-    """A source may stand first without its name, with any character in it."""
-    if not arguments or arguments[0].startswith("--") or arguments[0].split("=")[0].isidentifier():
-        return arguments
-    quoted = arguments[0].replace("'", "\\'")
-    return [f"source='{quoted}'", *arguments[1:]]
+def with_source_apart(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """A source that stands first without its name (None: there is none), and overrides with something in its place.
+
+    It may hold any character, of which Hydra would read some its own way.
+    """
+    name, equals, _ = arguments[0].partition("=") if arguments else ("", "=", "")
+    is_setting = equals and all(part.isidentifier() for part in name.lstrip("+").split("."))
+    return (None, arguments) if not arguments or is_setting else (arguments[0], ["source=''", *arguments[1:]])
 
 
 class _Parser(argparse.ArgumentParser):

@@ -49,7 +49,7 @@ class Side:
 
 
 def fitted(policy: Policy, task: Task, where: str, choice: Choice | None = None) -> Policy:
-    """The policy, with what it sees and does in the order in which the task has them.
+    """The policy, with what it sees and does in the order in which the task has them, and no evaluation any more.
 
     Args:
         policy: one that another project made names its parts in its metadata; others take a task as it is.
@@ -66,6 +66,7 @@ def fitted(policy: Policy, task: Task, where: str, choice: Choice | None = None)
     elif choice:
         raise UserError("foreign.map: discrete actions, and what goes with them, have no parts")
     check_spaces(policy, spaces, where, task.name)
+    policy.metadata.pop("evaluation", None)  # which was of another task, or as another policy
     return policy
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from policies.errors import UserError
 from policies.normalization import Affine, RunningStandardizer
 
 ObservationScaling = Literal["min_max", "running"]
+Other = TypeVar("Other", bound="Policy")
 LONGEST = 10_000
 """Most observations or actions in a row."""
 
@@ -300,20 +301,26 @@ class Policy(nn.Module):
             )
         copy = type(self)(config)
         copy.load_state_dict(self._weights_for(copy))
-        return self._like_this(copy)
+        return self.handed_on(copy)
 
-    def _like_this(self, copy: Self) -> Self:
-        """``copy`` with this policy's metadata, on its device and in its mode."""
-        copy.metadata = dict(self.metadata)
-        return copy.to(next(self.parameters()).device).train(self.training)
+    def handed_on(self, other: Other) -> Other:
+        """``other``, made of this policy's weights, with its metadata, on its device and in its mode.
+
+        Not its ``evaluation``, which is of how this one acts.
+        """
+        other.metadata = {name: value for name, value in self.metadata.items() if name != "evaluation"}
+        return other.to(next(self.parameters()).device).train(self.training)
 
     def _weights_for(self, other: Self) -> dict[str, Tensor]:
         """This policy's weights as ``other``, of an adjusted configuration, names them."""
         return self.state_dict()
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``, into ``directory``."""
-        pretrained.save(self, Path(directory))
+    def save_pretrained(self, directory: str | os.PathLike[str], name: str | None = None) -> None:
+        """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``, into ``directory``.
+
+        ``name`` is what the card calls it and loads it by; None: the directory.
+        """
+        pretrained.save(self, Path(directory), name or str(directory))
 
     @staticmethod
     def from_pretrained(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Policy:

@@ -160,7 +160,7 @@ class DiffusionPolicy(Policy, type="diffusion"):
         shorter = type(self)(dataclasses.replace(self.config, finetuned_steps=steps))
         weights = {name: weight for name, weight in self.state_dict().items() if not name.startswith("frozen.")}
         shorter.load_state_dict(weights | _frozen(weights))
-        return self._like_this(shorter)
+        return self.handed_on(shorter)
 
     def _weights_for(self, other: Self) -> dict[str, Tensor]:
         """A pretrained policy's weights serve both as the frozen denoiser and as the fine-tuned copy's start."""

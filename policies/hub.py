@@ -50,14 +50,15 @@ def download(repository: Repository, patterns: Sequence[str]) -> Path:
 
     Raises:
         UserError: the Hub cannot be reached, there is no such repository or revision, or it may not be read, or has
-            none of the files.
+            none of the files, or not the one that is named.
     """
     from huggingface_hub import snapshot_download
 
+    needed = patterns if repository.file is None else [str(repository.file)]
     with told(f"{repository} (no path that exists, so a repository on the Hugging Face Hub)"):
         folder = Path(snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(patterns)))
-    if not folder.is_dir() or not any(folder.iterdir()):
-        raise UserError(f"{repository} on the Hugging Face Hub has no {' or '.join(patterns)}")
+    if not any(any(folder.glob(pattern)) for pattern in needed):
+        raise UserError(f"{repository} on the Hugging Face Hub has no {' or '.join(needed)}")
     return folder
 
 
@@ -89,6 +90,7 @@ def told(what: str) -> Iterator[None]:
     """What goes wrong with ``what``, a repository, in a line."""
     from huggingface_hub import errors
 
+    network_error = errors.HTTPError  # type: ignore[attr-defined]  # of the client below it, which differs by release
     log_in = "log in with `hf auth login`"
     try:
         yield
@@ -100,5 +102,5 @@ def told(what: str) -> Iterator[None]:
         raise UserError(f"{what} has no such revision") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise UserError(f"{what} cannot be reached: there is no connection, and no copy of it here") from error
-    except (errors.HFValidationError, OSError) as error:
+    except (errors.HFValidationError, network_error, OSError) as error:
         raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from error

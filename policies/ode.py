@@ -32,6 +32,7 @@ from policies.errors import UserError
 from policies.networks.registry import build_denoiser
 from policies.normalization import Affine
 from policies.schedules import (
+    MOST_TIMESTEPS,
     BetaSchedule,
     Prediction,
     check_timesteps,
@@ -40,8 +41,10 @@ from policies.schedules import (
     noise_levels,
 )
 
-Solver = Literal["euler", "midpoint", "heun2", "heun3", "rk4"]
 MOST_SOLVER_STEPS = 1000
+"""Of one timestep."""
+
+Solver = Literal["euler", "midpoint", "heun2", "heun3", "rk4"]
 """Of fixed steps: a row's solution then depends on no other row, and its derivative is that of what was computed."""
 
 
@@ -87,6 +90,9 @@ class ODEConfig(PolicyConfig):
                 f"flow_timesteps must lie between 2 and denoising_steps = {self.denoising_steps}, or be null for all "
                 f"of them, not {self.flow_timesteps}"
             )
+        steps = (self.flow_timesteps or self.denoising_steps) * self.solver_steps
+        if steps > MOST_TIMESTEPS:  # each has a state in memory
+            raise ValueError(f"solver_steps must make at most {MOST_TIMESTEPS:,} of all timesteps, not {steps:,}")
         if not 0 < self.beta_range[0] <= self.beta_range[1] < 1:
             raise ValueError(f"beta_range must be two numbers that grow within (0, 1), not {list(self.beta_range)}")
 
@@ -153,8 +159,7 @@ class ODEPolicy(Policy, type="diffusion_ode"):
         flow = ODEPolicy(ODEConfig(**{name: getattr(policy.config, name) for name in shared}))
         weights = {name: weight for name, weight in policy.state_dict().items() if not name.startswith("eta.")}
         flow.load_state_dict(weights)
-        flow.metadata = dict(policy.metadata)
-        return flow.to(policy.alpha_bar.device).train(policy.training)
+        return policy.handed_on(flow)
 
     # --- acting and scoring ---------------------------------------------------------------------------------------
 

@@ -27,24 +27,28 @@ WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
 
-def save(policy: Policy, directory: Path, name: str | None = None) -> None:
-    """Write a policy; ``name`` is what its card calls it, by default the directory."""
+def save(policy: Policy, directory: Path, name: str) -> None:
+    """Write a policy; ``name`` is what its card calls it."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {key: tensor.contiguous() for key, tensor in policy.state_dict().items()}
     save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     content = {"type": policy.type, **dataclasses.asdict(policy.config), "metadata": policy.metadata}
     config = json.dumps(sealed(content, directory / WEIGHTS_NAME), indent=2) + "\n"
     (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
-    (directory / CARD_NAME).write_text(model_card(policy, name or directory.name), encoding="utf-8")
+    (directory / CARD_NAME).write_text(model_card(policy, name), encoding="utf-8")
 
 
 def directory_of(source: str | os.PathLike[str]) -> Path:
     """A directory as it is, a repository on the Hub as its copy here.
 
     Raises:
-        UserError: it cannot be downloaded.
+        UserError: it cannot be downloaded, or names a file of another project.
     """
     repository = None if Path(source).exists() else hub.parse(str(source))
+    if repository is not None and repository.file is not None:
+        raise UserError(
+            f"{source} is a file of another project; `dppo import {source} output=...` makes a policy of it"
+        )
     return Path(source) if repository is None else hub.download(repository, [CONFIG_NAME, WEIGHTS_NAME])
 
 
@@ -62,6 +66,10 @@ def load(directory: Path) -> Policy:
         content = json.loads(config_path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{config_path} is not valid JSON: {error}") from error
+    if isinstance(content, dict) and "input_features" in content:
+        raise UserError(
+            f"{directory} holds a policy of LeRobot's; `dppo import {directory} output=...` makes one of this project"
+        )
     seal = content.pop(SEAL, None) if isinstance(content, dict) else None
     told = dict(content) if isinstance(content, dict) else {}
     metadata = content.pop("metadata", {}) if isinstance(content, dict) else None

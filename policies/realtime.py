@@ -34,7 +34,7 @@ class BackgroundRunner:
     The next chunk is asked for when ``lead`` actions of the present one are left, and for the observation of that step.
     What of it has become past when it arrives is skipped, and what is left of the present one with it. So an answer may
     take ``lead`` steps, and a chunk must be longer than that. Where it takes longer, there is nothing left to execute:
-    that step misses its deadline and repeats the last action.
+    that step misses its deadline and repeats the last action. A chunk that is all past on arrival is skipped whole.
     """
 
     def __init__(self, plan: Plan, history: int, lead: int, executor: Executor) -> None:
@@ -61,7 +61,11 @@ class BackgroundRunner:
         self._chunk, self._coming = None, None
 
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The action [Da] for this step, after its observation [Do]; only the first of an episode is waited for."""
+        """The action [Da] for this step, after its observation [Do]; only the first of an episode is waited for.
+
+        Raises:
+            ValueError: the plan makes chunks that are no longer than the lead.
+        """
         history = self._history.add(obs)
         if self._chunk is None:
             self._ask(history)
@@ -77,8 +81,13 @@ class BackgroundRunner:
         """Go over to the chunk that was asked for, if it is there."""
         if self._coming is None or not (wait or self._coming.done()):
             return
-        self._chunk, self._began, self._coming = self._coming.result(), self._asked, None
-        self.skipped += min(self._step - self._began, len(self._chunk))
+        chunk, self._coming = self._coming.result(), None
+        if len(chunk) <= self._lead:
+            raise ValueError(f"chunks must be longer than lead = {self._lead}, and this one has {len(chunk)} actions")
+        past = self._step - self._asked
+        self.skipped += min(past, len(chunk))
+        if past < len(chunk):
+            self._chunk, self._began = chunk, self._asked
 
     def _left(self) -> int:
         """Actions of the chunk from this step on."""

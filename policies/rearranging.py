@@ -50,7 +50,7 @@ def rearranged(
     if action is not None:
         _move_statistics(weights, "action_scaler", action, len(action))
     made.load_state_dict(weights)
-    return policy._like_this(made)
+    return policy.handed_on(made)
 
 
 def _move_statistics(weights: dict[str, Tensor], part: str, places: Sequence[int], size: int) -> None:

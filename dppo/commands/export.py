@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dppo.building import with_sampler
 from dppo.checkpoint import find_policy, load_policy
+from dppo.sources import is_foreign
 from policies import Policy, UserError
 from policies.config import near_misses
 from policies.exports.formats import FORMATS, Format, largest_difference
 from policies.exports.lerobot import name_inputs
+from policies.pretrained import CONFIG_NAME
 
 
 def run(config: Mapping[str, Any], overridden: Collection[str]) -> Path:
@@ -21,6 +27,8 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> Path:
         raise UserError(f"unknown format {name!r}{near_misses(name, FORMATS)}; there are: {', '.join(FORMATS)}")
     output = _free_path(config, FORMATS[name])
     source = find_policy(str(config["checkpoint"]))
+    if is_foreign(source):
+        raise UserError(f"{source} is of another project; import it first: dppo import {source} output=...")
     policy, _ = load_policy(source)
     if config.get("sampler") is not None:
         policy = with_sampler(policy, config["sampler"])
@@ -28,8 +36,9 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> Path:
         if name != "lerobot":
             raise UserError(f"state_dim is a setting of format=lerobot, not of format={name}")
         name_inputs(policy, config["state_dim"])
-    FORMATS[name].write(policy, output)
-    difference = largest_difference(policy, FORMATS[name].load(output))
+    with _beside(output) as temporary:
+        FORMATS[name].write(policy, temporary)
+        difference = largest_difference(policy, FORMATS[name].load(temporary))
     print(_told(policy, source, output, difference))
     return output
 
@@ -43,9 +52,23 @@ def _free_path(config: Mapping[str, Any], form: Format) -> Path:
     taken = any(output.iterdir()) if output.is_dir() else output.exists()
     if taken and not config["overwrite"]:
         raise UserError(f"{output} is there already; choose another output=..., or set overwrite=true")
-    if not form.directory:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    if taken and form.directory and not (output / CONFIG_NAME).is_file():
+        raise UserError(
+            f"{output} holds no policy that could be replaced, but something else; choose another output=..."
+        )
     return output
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A path to write to, which takes the name ``output`` in the end; if something fails, all is as it was."""
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        yield Path(folder) / output.name
+        if output.is_dir():
+            shutil.rmtree(output)
+        os.replace(Path(folder) / output.name, output)
 
 
 def _told(policy: Policy, source: Path, output: Path, difference: float) -> str:

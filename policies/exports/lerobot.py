@@ -18,7 +18,7 @@ from policies.base import Policy
 from policies.chain import EVALUATION_STD, DiffusionConfig, DiffusionPolicy
 from policies.config import config_from_dict
 from policies.errors import UserError
-from policies.features import Feature
+from policies.features import Feature, features_in
 from policies.imports import lerobot
 from policies.imports.files import inverted, renamed
 from policies.networks.unet1d import DenoisingUNetConfig
@@ -149,14 +149,13 @@ def _network(config: DiffusionConfig) -> DenoisingUNetConfig:
 
 def _inputs(policy: Policy) -> list[Feature]:
     """The parts of an observation, as LeRobot's network sees them: the state, then the environment's."""
-    named = policy.metadata.get("inputs")
-    if named is None:
+    inputs = list(features_in(policy.metadata.get("inputs"), policy.config.obs_dim))
+    if not inputs:
         raise UserError(
             f"LeRobot wants an {lerobot.STATE} and an {lerobot.ENVIRONMENT} of a policy without images, and this "
             f"checkpoint does not say which part of its observation is which: set state_dim=..., how many of the "
             f"{policy.config.obs_dim} entries are the state"
         )
-    inputs = [Feature(str(name), int(dim)) for name, dim in named]
     if [feature.name for feature in inputs] != [lerobot.STATE, lerobot.ENVIRONMENT]:
         raise UserError(
             f"this policy sees {', '.join(feature.name for feature in inputs)}; LeRobot wants {lerobot.STATE} and "

@@ -156,8 +156,12 @@ def _scalings(
         old = False
     else:
         statistics = _statistics_in_weights(weights)
-        modes, old = config.get("normalization_mapping", {}), True
-        found = {name: (_mode(config, name, modes), statistics.get(name, {})) for name in (STATE, ENVIRONMENT, ACTION)}
+        modes, old = _mapping(config.get("normalization_mapping"), "normalization_mapping", directory / CONFIG), True
+        described = {**config["input_features"], **config["output_features"]}
+        found = {
+            name: (_mode(described.get(name, {}), modes, directory / CONFIG), statistics.get(name, {}))
+            for name in (STATE, ENVIRONMENT, ACTION)
+        }
         if not statistics and any(mode != "IDENTITY" for mode, _ in found.values()):
             raise UserError(
                 f"{directory} has no statistics of normalisation: neither {BEFORE} nor any within its weights"
@@ -184,28 +188,37 @@ def _processor(directory: Path, name: str, step_name: str) -> dict[str, tuple[st
     if not isinstance(steps, list) or not all(isinstance(step, Mapping) for step in steps):
         raise UserError(f"{directory / name} names no steps")
     for step in steps:
-        kind, settings = step.get("registry_name"), step.get("config") or {}
-        harmless = ("to_batch_processor", "device_processor", step_name)
-        if kind == "rename_observations_processor" and not settings.get("rename_map"):
-            continue
-        if kind not in harmless:
-            raise UserError(f"{directory / name} has a step {kind or step.get('class')!r}, which is not supported")
+        _refuse_other_steps(step, step_name, directory / name)
     chosen = [step for step in steps if step.get("registry_name") == step_name]
     if len(chosen) != 1:
         raise UserError(f"{directory / name} has {len(chosen)} steps {step_name!r}, not one")
-    settings, state = chosen[0].get("config") or {}, chosen[0].get("state_file")
+    settings, state = _mapping(chosen[0].get("config"), "config", directory / name), chosen[0].get("state_file")
     statistics: dict[str, dict[str, Tensor]] = {}
     if state is not None:
         for key, value in _tensors(directory / _plain_name(state, directory / name)).items():
             statistics.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = value
     if settings.get("normalize_observation_keys") is not None:
         raise UserError(f"{directory / name}: normalize_observation_keys is not supported")
-    modes, features = settings.get("norm_map") or {}, settings.get("features") or {}
+    if settings.get("eps", EPS) != EPS:
+        raise UserError(f"{directory / name} normalises with eps={settings['eps']!r}; only {EPS} is supported")
+    modes, features = (_mapping(settings.get(part), part, directory / name) for part in ("norm_map", "features"))
     found = {}
     for key, feature in features.items():
-        mode = modes.get(feature.get("type"), "IDENTITY") if isinstance(feature, Mapping) else "IDENTITY"
+        mode = _mode(_mapping(feature, key, directory / name), modes, directory / name)
         found[str(key)] = (mode if key in statistics else "IDENTITY", statistics.get(key, {}))
     return found
+
+
+def _refuse_other_steps(step: Mapping[str, Any], step_name: str, where: Path) -> None:
+    """What a processor does besides normalising and moving what it gets."""
+    kind, settings = step.get("registry_name"), _mapping(step.get("config"), "config", where)
+    if kind == "rename_observations_processor" and not settings.get("rename_map"):
+        return
+    if kind not in ("to_batch_processor", "device_processor", step_name):
+        raise UserError(f"{where} has a step {kind or step.get('class')!r}, which is not supported")
+    precision = settings.get("float_dtype")
+    if kind == "device_processor" and precision not in (None, "float32"):
+        raise UserError(f"{where} computes in float_dtype={precision!r}; only float32 is supported")
 
 
 def _plain_name(name: Any, where: Path) -> str:
@@ -226,9 +239,13 @@ def _statistics_in_weights(weights: Mapping[str, Tensor]) -> dict[str, dict[str,
     return found
 
 
-def _mode(config: Mapping[str, Any], name: str, modes: Mapping[str, str]) -> str:
-    feature = {**config["input_features"], **config["output_features"]}.get(name, {})
-    return modes.get(feature.get("type"), "IDENTITY")
+def _mode(feature: Mapping[str, Any], modes: Mapping[str, Any], where: Path) -> str:
+    """How a feature of its type is normalised."""
+    kind = feature.get("type", "")
+    mode = modes.get(kind, "IDENTITY") if isinstance(kind, str) else None
+    if not isinstance(mode, str):
+        raise UserError(f"{where}: a feature of type {kind!r} is normalised by {mode!r}; both must be names")
+    return mode
 
 
 def _scaling(feature: Feature, mode: str, statistics: Mapping[str, Tensor], old: bool, where: str) -> Scaling:
@@ -259,6 +276,13 @@ def _scaling(feature: Feature, mode: str, statistics: Mapping[str, Tensor], old:
 
 
 # --- files
+
+
+def _mapping(content: Any, name: str, where: Path) -> Mapping[str, Any]:
+    """What stands under ``name``, where nothing is as good as an empty one."""
+    if content is not None and not isinstance(content, Mapping):
+        raise UserError(f"{where}: {name} must be an object of names and values, not {content!r}")
+    return content or {}
 
 
 def _json(path: Path) -> dict[str, Any]:

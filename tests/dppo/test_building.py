@@ -57,8 +57,8 @@ def start(path: Path, *overrides: str, policy: str = "diffusion") -> Any:
 def test_the_result_of_a_checkpoint_is_not_that_of_what_becomes_of_it(pretrained):
     policy = Policy.from_pretrained(pretrained / "policy")
     policy.metadata["evaluation"] = {"return_mean": 1.0}
-    policy.save_pretrained(pretrained / "policy")
-    assert start(pretrained).metadata.keys() == {"task"}
+    policy.save_pretrained(pretrained.parent / "evaluated")
+    assert start(pretrained.parent / "evaluated").metadata.keys() == {"task"}
 
 
 # --- samplers

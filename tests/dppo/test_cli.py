@@ -55,18 +55,21 @@ def test_the_examples_in_the_help_can_be_composed(command):
     for example in cli._examples(command):
         program, name, *overrides = shlex.split(example.split(" -- ")[0], comments=True)
         assert (program, name) == ("dppo", command)
-        overrides = cli.with_named_source(overrides) if command == "import" else overrides
+        overrides = cli.with_source_apart(overrides)[1] if command == "import" else overrides
         compose_config(command, overrides)
 
 
-@pytest.mark.parametrize("name", ["a.pt", "dir/it's a=b, {c} [d].pt", "back\\slash", "hub/name"])
-def test_a_source_may_stand_first_without_its_name_whatever_it_is_called(name):
-    from dppo.configuration import compose_config
+@pytest.mark.parametrize("name", ["a.pt", "mydir", "./a${b}", "./x.y=z.pt", "it's a=b, {c} [d].pt", "back\\slash"])
+def test_a_source_may_stand_first_without_its_name_whatever_it_is_called(capsys, name):
+    for arguments in ([name, "output=here"], ["--show", name, "output=here"]):
+        assert main(["import", *arguments, "--show"]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert (config["source"], config["output"]) == (name, "here")
 
-    config = compose_config("import", cli.with_named_source([name, "output=here"]))
-    assert (config["source"], config["output"]) == (name, "here")
-    assert cli.with_named_source(["output=here", "source=a"]) == ["output=here", "source=a"]
-    assert cli.with_named_source(["--show"]) == ["--show"]
+
+@pytest.mark.parametrize("first", ["output=here", "foreign.map={a: b}", "+task.env_kwargs.size=3"])
+def test_a_setting_that_stands_first_is_no_source(first):
+    assert cli.with_source_apart([first, "source=a"]) == (None, [first, "source=a"])
 
 
 def test_the_version_is_the_packages(capsys):

@@ -11,8 +11,9 @@ from dppo.envs.vector import make_vector_env, space_dims
 from dppo.fitting import fitted
 from dppo.sources import read_policy
 from dppo.task import Task
-from policies import Policy, UserError
+from policies import DiffusionPolicy, Policy, UserError
 from policies.features import Feature
+from policies.samplers import Sampler
 
 LEROBOT = Path(__file__).parents[1] / "data" / "imports" / "lerobot_ddim"
 """Sees observation.state (2), then observation.environment_state (6)."""
@@ -122,3 +123,12 @@ def test_discrete_actions_have_no_parts(small_policy: Callable[..., Policy]) -> 
     assert fitted(policy, task, "here") is policy
     with pytest.raises(UserError, match="discrete actions"):
         fitted(policy, task, "here", {"action": "action"})
+
+
+def test_an_evaluation_does_not_outlive_its_task_and_its_sampler(small_policy: Callable[..., Policy]) -> None:
+    policy = small_policy("diffusion")
+    policy.metadata |= {"evaluation": {"return_mean": 1.0}, "mine": 1}
+    assert isinstance(policy, DiffusionPolicy)
+    assert policy.with_sampler(Sampler(steps=4)).metadata == {"mine": 1}
+    assert policy.metadata["evaluation"], "it is still that policy's"
+    assert fitted(policy, parts_task({"b": 1, "a": 1}), "here").metadata == {"mine": 1}

@@ -36,7 +36,7 @@ def test_the_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
         "tags": ["robotics", "reinforcement-learning", "dppo", "diffusion-policy", "hopper"],
         "model-index": [
             {
-                "name": "my policy",
+                "name": str(tmp_path / "my policy"),
                 "results": [
                     {
                         "task": {"type": "robotics", "name": "robotics"},
@@ -58,7 +58,7 @@ def test_the_text_shows_the_task_the_result_and_the_parts(tmp_path: Path) -> Non
     assert "for the task `hopper` (`Hopper-v5`)" in text
     assert "| 2,430 [2,233, 2,574] | 0.25 [0.125] | 50 |" in text
     assert "| sees | `agent_pos` (1), `goal` (2) |" in text
-    assert 'Policy.from_pretrained("my policy")' in text
+    assert f'Policy.from_pretrained("{tmp_path / "my policy"}")' in text
 
 
 def test_what_is_not_known_is_not_there(tmp_path: Path) -> None:

@@ -107,6 +107,23 @@ def test_a_repository_without_a_policy_is_said_to_be_one(remote: Path) -> None:
         Policy.from_pretrained("owner/name")
 
 
+def test_a_file_that_a_repository_does_not_have_is_named_and_alone(remote: Path) -> None:
+    (remote / "normalization.npz").write_bytes(b"")
+    repository = parse("owner/name/data/latest.pt")
+    assert repository is not None
+    with pytest.raises(UserError, match=r"^owner/name on the Hugging Face Hub has no data/latest.pt$"):
+        hub.download(repository, ["data/latest.pt", "normalization.npz"])
+
+
+def test_what_another_project_saved_is_for_dppo_import(remote: Path) -> None:
+    with pytest.raises(UserError, match=r"`dppo import owner/name/latest.ckpt output=\.\.\.` makes a policy of it"):
+        Policy.from_pretrained("owner/name/latest.ckpt")
+    (remote / "config.json").write_text('{"type": "diffusion", "n_obs_steps": 2, "input_features": {}}')
+    (remote / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds a policy of LeRobot's; `dppo import"):
+        Policy.from_pretrained("owner/name")
+
+
 def response(status: int) -> httpx2.Response:
     return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co"))
 
@@ -119,6 +136,7 @@ ERRORS: list[tuple[Exception, str]] = [
     (errors.RevisionNotFoundError("404", response=response(404)), "has no such revision"),
     (errors.HfHubHTTPError("500\nbroken", response=response(500)), ": 500 broken"),
     (OSError("disk full"), ": disk full"),
+    (httpx2.ConnectError("no route"), ": no route"),
 ]
 
 

@@ -326,6 +326,7 @@ def test_a_chain_of_two_networks_is_refused() -> None:
     [
         ({"flow_timesteps": 1}, "flow_timesteps must lie between 2 and denoising_steps = 20"),
         ({"flow_timesteps": 21}, "flow_timesteps must lie between 2 and denoising_steps = 20"),
+        ({"denoising_steps": 101, "solver_steps": 1000}, "solver_steps must make at most 100,000 .* not 101,000"),
         ({"solver_steps": 0}, "solver_steps must lie between 1 and 1000, not 0"),
         ({"solver": "dopri5"}, "solver"),
         ({"relu_sharpness": 0.0}, "relu_sharpness must be positive"),

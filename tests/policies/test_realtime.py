@@ -72,7 +72,7 @@ def test_a_chunk_that_is_all_past_on_arrival_is_skipped_whole_and_the_next_is_as
     executor.holding = True
     assert [act(step) for step in range(2, 7)] == [2, 3, 3, 3, 3]
     executor.finish()
-    assert act(7) == 23  # its last action, for want of another
+    assert act(7) == 3  # still the last that was executed
     assert (runner.missed, runner.skipped, len(executor.waiting)) == (4, 4, 1)
     executor.finish()
     assert act(8) == 71
@@ -113,6 +113,12 @@ def test_an_error_of_the_plan_reaches_who_acts() -> None:
     runner = BackgroundRunner(broken, 1, 1, ByHand())
     with pytest.raises(ZeroDivisionError):
         runner.act(np.zeros(1))
+
+
+def test_chunks_that_are_no_longer_than_the_lead_are_refused() -> None:
+    _, act = acting(ByHand(), lead=4)
+    with pytest.raises(ValueError, match="chunks must be longer than lead = 4, and this one has 4 actions"):
+        act(0)
 
 
 def test_a_lead_of_nothing_is_refused() -> None:

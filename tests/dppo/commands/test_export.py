@@ -39,18 +39,52 @@ def test_a_checkpoint_is_exported_under_another_sampler(command, trained, tmp_pa
     assert acts_alike(written, policy.with_sampler(Sampler(steps=4, evaluation_eta=0.0)))
 
 
-def test_a_unet_is_handed_to_lerobot_whose_parts_of_an_observation_are_named(command, tmp_path):
+@pytest.fixture
+def unet(tmp_path) -> list[str]:
+    """The arguments that export a policy for LeRobot."""
     network = {"type": "unet", "down_dims": [8], "groups": 4, "step_dim": 8}
     policy = Policy.from_config(
         {"type": "diffusion", "obs_dim": 3, "action_dim": 2, "chunk": 4, "noise_clip": None, "network": network}
     )
     policy.save_pretrained(tmp_path / "policy")
-    given = ["format=lerobot", f"checkpoint={tmp_path / 'policy'}", f"output={tmp_path / 'lerobot'}", "state_dim=2"]
-    written = command("export", *given)
+    return ["format=lerobot", f"checkpoint={tmp_path / 'policy'}", f"output={tmp_path / 'lerobot'}", "state_dim=2"]
+
+
+def test_a_unet_is_handed_to_lerobot_whose_parts_of_an_observation_are_named(command, unet):
+    written = command("export", *unet)
     assert import_lerobot(written).metadata["inputs"] == [
         ["observation.state", 2],
         ["observation.environment_state", 1],
     ]
+
+
+def test_a_directory_is_replaced_whole_if_it_holds_a_policy(command, refused, unet, tmp_path):
+    written = command("export", *unet)
+    expected = sorted(path.name for path in written.iterdir())
+    (written / "stale.safetensors").touch()
+    command("export", *unet, "overwrite=true")
+    assert sorted(path.name for path in written.iterdir()) == expected
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine").touch()
+    message = refused("export", *unet, f"output={tmp_path / 'home'}", "overwrite=true")
+    assert "home holds no policy that could be replaced" in message
+    assert (tmp_path / "home" / "mine").exists()
+
+
+def test_what_does_not_act_as_the_checkpoint_replaces_nothing(refused, trained, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "p.pt").write_text("mine")
+    monkeypatch.setattr("policies.exports.formats.TOLERANCE", -1.0)
+    output = f"output={tmp_path / 'out' / 'p.pt'}"
+    message = refused("export", "format=torchscript", f"checkpoint={trained}", output, "overwrite=true")
+    assert "does not act as the policy does" in message
+    assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [("p.pt", "mine")]
+
+
+def test_a_checkpoint_of_another_project_is_to_be_imported_first(refused, tmp_path):
+    (tmp_path / "state.pt").touch()
+    message = refused("export", "format=onnx", f"checkpoint={tmp_path / 'state.pt'}", f"output={tmp_path / 'p'}")
+    assert f"is of another project; import it first: dppo import {tmp_path / 'state.pt'} output=..." in message
 
 
 def test_what_is_there_is_replaced_only_if_told_to(command, refused, trained, tmp_path):

@@ -139,6 +139,9 @@ def test_an_observation_has_two_parts_that_somebody_has_to_name(tmp_path: Path) 
     policy = made(**DDPM)
     with pytest.raises(UserError, match=r"does not say which part .* set state_dim=\.\.\., how many of the 5 entries"):
         export_lerobot(policy, tmp_path)
+    policy.metadata["inputs"] = [["observation.state"], 3]
+    with pytest.raises(UserError, match="does not say which part"):
+        export_lerobot(policy, tmp_path / "policy")
     for state_dim in (0, 5):
         with pytest.raises(UserError, match=f"state_dim must lie between 1 and 4, not {state_dim}"):
             name_inputs(policy, state_dim)

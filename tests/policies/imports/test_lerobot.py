@@ -152,6 +152,10 @@ def mode(name: str) -> Edit:
     return lambda content: content["steps"][3]["config"]["norm_map"].update(STATE=name)
 
 
+def normalizer(**settings: Any) -> Edit:
+    return lambda content: content["steps"][3]["config"].update(settings)
+
+
 def rename(content: dict[str, Any]) -> None:
     content["steps"][0]["config"]["rename_map"] = {"a": "b"}
 
@@ -174,6 +178,13 @@ def rename(content: dict[str, Any]) -> None:
             "'observation.state' is normalised by QUANTILES; supported are IDENTITY, MIN_MAX, MEAN_STD",
         ),
         (lambda content: content.pop("steps"), "names no steps"),
+        (normalizer(eps=1e-6), "normalises with eps=1e-06; only 1e-08 is supported"),
+        (normalizer(norm_map=["MEAN_STD"]), "norm_map must be an object of names and values"),
+        (normalizer(norm_map={"STATE": ["MEAN_STD"]}), r"type 'STATE' is normalised by \['MEAN_STD'\]; both must be"),
+        (normalizer(features={"observation.state": "STATE"}), "observation.state must be an object"),
+        (normalizer(features={"observation.state": {"type": [1]}}), r"a feature of type \[1\] is normalised by None"),
+        (lambda content: content["steps"][3].update(config=[1]), r"config must be an object .*, not \[1\]"),
+        (lambda content: content["steps"][2]["config"].update(float_dtype="float16"), "in float_dtype='float16'; only"),
     ],
 )
 def test_a_processor_that_does_something_else_is_refused_by_name(directory: Path, edit: Edit, complaint: str) -> None:
