@@ -16,7 +16,7 @@ from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
 from dppo.updates.faults import NotFiniteError
-from dppo.updates.fisher import fisher_product
+from dppo.updates.fisher import FisherProduct
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
 from policies import DiffusionPolicy, log_prob_factors
 from policies.chain import DiffusionConfig
@@ -93,7 +93,7 @@ def test_the_step_solves_the_system_of_the_fisher_information(make_trainer, kind
 
     def column(unit: Tensor) -> Tensor:
         law = trainer.policy.transition(pairs.obs, pairs.latent, pairs.step)
-        return batch.num_steps * fisher_product(law, pairs.following, rule.parameters, unit)
+        return batch.num_steps * FisherProduct(law, pairs.following, rule.parameters)(unit)
 
     fisher = torch.stack([column(unit) for unit in torch.eye(len(gradient))])
     damped = fisher.double() + 0.3 * torch.eye(len(gradient), dtype=torch.float64)
