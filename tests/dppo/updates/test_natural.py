@@ -229,6 +229,17 @@ def test_an_advantage_that_is_not_finite_is_no_step_and_ten_in_a_row_are_an_erro
     assert torch.equal(rule_of(trainer).parameters.values, before)
 
 
+def test_skipped_steps_are_in_a_row_with_those_before_the_state_was_saved(make_trainer):
+    trainer, resumed = (make_trainer("gaussian", TRPOConfig(critic_epochs=1)) for _ in range(2))
+    batch = rollout_batch(trainer)
+    broken = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, torch.nan))
+    for _ in range(9):
+        update(trainer, broken)
+    rule_of(resumed).load_state_dict(rule_of(trainer).state_dict())
+    with pytest.raises(NotFiniteError, match=r"^10 updates"):
+        update(resumed, broken)
+
+
 def test_only_the_critic_learns_during_its_warm_up(make_trainer):
     trainer = make_trainer("gaussian", TRPOConfig(critic_warmup_iterations=1))
     before = rule_of(trainer).parameters.values.clone()
