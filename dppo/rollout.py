@@ -283,9 +283,9 @@ def collect_episodes(
         running = np.ones(actor.env.num_envs, dtype=bool)
         for _ in range(steps):
             acted = actor.explore(policy, explorer)
-            step = replace(acted.step, valid=acted.step.valid & running)
+            step = replace(acted.step, valid=acted.step.valid & running, dropped=acted.step.dropped & running)
             yield replace(acted, step=step, episodes=[each for each in acted.episodes if running[each.env]])
-            np.logical_and(whole, ~(running & step.dropped), out=whole)
+            np.logical_and(whole, ~step.dropped, out=whole)
             running = running & ~(step.terminated | step.truncated)
             if not running.any():
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,14 @@ class Skips:
         """How many were skipped since the last call."""
         counted, self._counted = self._counted, 0
         return counted
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many were skipped in a row, and since the last call of `since_last`."""
+        return {"in_a_row": self._in_a_row, "counted": self._counted}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._in_a_row, self._counted = state["in_a_row"], state["counted"]
 
 
 @torch.enable_grad()

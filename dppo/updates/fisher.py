@@ -72,13 +72,6 @@ def _grad(
     return torch.autograd.grad(outputs, inputs, cotangents, create_graph=create_graph, **how)
 
 
-def fisher_product(
-    law: Distribution, value: Tensor, parameters: FlatParameters, vector: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """A single `FisherProduct`, without keeping anything."""
-    return FisherProduct(law, value, parameters)(vector, out)
-
-
 @dataclass(frozen=True)
 class Solution:
     """Of a linear system A x = b."""

@@ -260,14 +260,15 @@ class NaturalGradient:
         return Judgement(*(torch.stack([of_part for _, of_part in found]).sum(0) / len(batch)).tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        """The critic's optimiser and the state of the generator."""
+        """The critic's optimiser, what is known of skipped steps, and the state of the generator."""
         fit = {} if self.critic_fit is None else {"critic_optimizer": self.critic_fit.state_dict()}
-        return {**fit, "generator": self.generator.get_state()}
+        return {**fit, "skips": self.skips.state_dict(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         if self.critic_fit is not None:
             self.critic_fit.load_state_dict(state["critic_optimizer"])
+        self.skips.load_state_dict(state["skips"])
         self.generator.set_state(state["generator"])
 
 

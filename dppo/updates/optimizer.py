@@ -102,10 +102,11 @@ class FlatAdamW:
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments [P] of AdamW."""
-        return dict(zip(MOMENTS, self.moments, strict=True))
+        """The moments [P] of AdamW, and what is known of skipped steps."""
+        return {**dict(zip(MOMENTS, self.moments, strict=True)), "skips": self.skips.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         for name, moment in zip(MOMENTS, self.moments, strict=True):
             moment.copy_(state[name])
+        self.skips.load_state_dict(state["skips"])

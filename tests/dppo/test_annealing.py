@@ -52,6 +52,7 @@ def test_with_fewer_finetuned_steps_the_update_goes_on_with_the_same_network_and
     memory = [moment.clone() for moment in rule.critic_fit.optimizer.moments]
     if hasattr(rule, "optimizer"):
         memory += [moment.clone() for moment in rule.optimizer.moments]
+    getattr(rule, "optimizer", rule).skips.count([False, False], dict)
     training.env_steps = training.config.env_steps - 1
     training._anneal()
     after, rule = training.policy, training.update_rule
@@ -63,6 +64,7 @@ def test_with_fewer_finetuned_steps_the_update_goes_on_with_the_same_network_and
     if hasattr(rule, "optimizer"):
         kept += rule.optimizer.moments
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, memory, strict=True))
+    assert getattr(rule, "optimizer", rule).skips.state_dict() == {"in_a_row": 2, "counted": 2}
     row = training.iterate()
     assert row["actor_steps"]
     moved = [not torch.equal(after.network.state_dict()[name], weights) for name, weights in learned.items()]

@@ -226,6 +226,18 @@ def test_an_episode_that_was_dropped_is_worth_nothing_known(make_trainer):
     assert trainer.estimator.estimate(rollout, None).advantages.isfinite().all()
 
 
+def test_only_dropped_episodes_that_would_have_been_learned_from_are_counted(make_trainer):
+    """The second episode of the first group breaks at its third step, and nobody learns from it."""
+    endings = [[1, True, False], *3 * [[12, True, False]]]
+    task = Task("counting", "Counting-v0", {"bad": "reward", "endings": endings})
+    trainer = make_trainer(critic=NONE, advantage=GroupConfig(2), rollout_steps=3, task=task)
+    trainer.estimator.seeds = type("Seeds", (), {"integers": lambda self, high, size: np.array([0, 3])})()
+    rollout = rollout_of(trainer)
+    assert rollout.truncated.any(0).tolist() == [True, True, False, False]
+    assert rollout.valid.sum(0).tolist() == [1, 1, 3, 3]
+    assert rollout.dropped_episodes == 0
+
+
 @pytest.mark.parametrize(
     ("advantage", "critic", "options", "message"),
     [

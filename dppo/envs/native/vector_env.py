@@ -60,7 +60,6 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         )
         self._generators: list[np.random.Generator] = []
         self._elapsed = np.zeros(num_envs, np.int64)
-        self._valid = np.ones(num_envs, bool)
         self._history = np.zeros((num_envs, *env.observation_space.shape), np.float32)  # [N, To, Do]
 
     def reset(
@@ -107,8 +106,8 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         final, step_rewards, steps, terminated, truncated = self._execute(actions)
         truncated = truncated & ~terminated
-        valid = self._valid.copy()
-        return Step(self._history.copy(), final, step_rewards, steps, terminated, truncated, valid, ~valid)
+        dropped = np.zeros(self.num_envs, bool)
+        return Step(self._history.copy(), final, step_rewards, steps, terminated, truncated, ~dropped, dropped)
 
     def _execute(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """Move on; the last observations [N, To, Do], rewards [N, Ta], steps [N], terminated [N] and truncated [N]."""
@@ -121,7 +120,7 @@ class NativeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             rewards, terminated = self._rules.judge(frames, actions)  # [N, Ta] each
             seen = self._rules.observe(later(frames)).astype(np.float32)  # [N, Ta, Do]
         if chunk == 1:  # nothing follows the end of an episode: the same as below, of one step
-            steps, step_rewards = self._valid.astype(np.int64), rewards
+            steps, step_rewards = np.ones(num_envs, np.int64), rewards
             terminated, truncated = terminated[:, 0], self._elapsed + 1 >= self._limit
             ended = terminated | truncated
             self._history = np.concatenate([self._history[:, 1:], seen], axis=1)

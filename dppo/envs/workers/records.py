@@ -14,7 +14,7 @@ from dppo.envs.chunk import ChunkEnv
 
 
 def record_type(env: ChunkEnv) -> np.dtype:
-    """What there is to say about one environment and one step; the action goes in, everything else comes out."""
+    """What there is to say about one environment and one step; action and `lost` go in, everything else comes out."""
     action, obs = env.action_space, env.observation_space
     assert isinstance(obs, Box)
     chunk = action.shape[0] if isinstance(action, Box) else 1
@@ -28,6 +28,7 @@ def record_type(env: ChunkEnv) -> np.dtype:
             ("steps", np.int64),
             ("terminated", np.bool_),
             ("truncated", np.bool_),
+            ("lost", np.bool_),  # the action was chosen in an episode that is lost, and is not to be executed
         ],
         align=True,
     )

@@ -19,7 +19,7 @@ from gymnasium.vector.utils import batch_space
 
 from dppo.envs.chunk import ChunkEnv
 from dppo.envs.infos import same_step_infos
-from dppo.envs.restoring import envs_of
+from dppo.envs.restoring import NotRestorable, envs_of
 from dppo.envs.seeds import seeds_of
 from dppo.envs.workers.process import WorkerDiedError, WorkerProcess, end_all
 from dppo.envs.workers.records import map_records, open_memory, record_type
@@ -66,7 +66,6 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """How often a process has died and been replaced."""
         self._assignments = [Assignment(constructor, rows, num_envs, kind) for rows in blocks]
         self._deaths = [0] * len(blocks)  # in a row
-        self._lost = np.zeros(num_envs, bool)  # [N], whose episode is to be reported as dropped
         self._seeds: list[int | None] | None = None  # the last ones given; None: nothing was reset yet
         self._workers: list[WorkerProcess] = []
         self._memory = open_memory(kind.itemsize * num_envs)
@@ -74,6 +73,7 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._end = weakref.finalize(self, _end, self._workers, self._memory)
         try:
             self._records = map_records(self._memory, kind, num_envs)  # [N]
+            self._lost = self._records["lost"]  # [N], whose episode is to be reported as dropped
             self._workers.extend(WorkerProcess(rows, self._memory) for rows in blocks)
             self._ask(self._assignments)
         except BaseException:
@@ -119,9 +119,9 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._records["action"] = actions
         self._ask([None] * len(self._workers))
         results = self._records.copy()  # what is returned now is not changed by the next step
-        lost = self._lost
+        lost = results["lost"]
         if lost.any():
-            self._lost = np.zeros_like(lost)
+            self._lost[:] = False
             for name in ("step_rewards", "reward", "steps", "terminated"):
                 results[name][lost] = 0
             results["truncated"][lost] = True
@@ -133,12 +133,17 @@ class WorkerVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return results["obs"], results["reward"], terminated, truncated, infos
 
     def get_state(self) -> dict[str, Any]:
-        """A copy of the whole state, as plain data: those of `ChunkEnv.get_state`, which see."""
-        states: dict[int, dict[str, Any]] = {}
-        while len(states) < self.num_envs:  # again where a process died, and another one knew nothing to tell
-            answers = self._ask([Tell()] * len(self._workers))
-            told = [answer.of for answer in answers if isinstance(answer, States)]
-            states = {row: state for of_worker in told for row, state in of_worker.items()}
+        """A copy of the whole state, as plain data: those of `ChunkEnv.get_state`, which see.
+
+        Raises:
+            NotRestorable: as there, or a process has died since the last step: the last observations are not of the
+                episodes that have begun in its place, and the next step is to drop those.
+        """
+        answers = self._ask([Tell()] * len(self._workers))
+        if self._lost.any():
+            raise NotRestorable("a worker process has died, and the next step drops its episodes")
+        told = [answer.of for answer in answers if isinstance(answer, States)]
+        states = {row: state for of_worker in told for row, state in of_worker.items()}
         return {"envs": [states[row] for row in range(self.num_envs)]}
 
     def set_state(self, state: dict[str, Any]) -> None:

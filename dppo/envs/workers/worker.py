@@ -117,6 +117,8 @@ class Block:
 
     def _step(self, i: int, env: ChunkEnv) -> None:
         of = self._fields
+        if of["lost"][i]:
+            return
         obs, of["reward"][i], terminated, truncated, info = env.step(of["action"][i])
         of["step_rewards"][i], of["steps"][i] = info["step_rewards"], info["steps"]
         of["terminated"][i], of["truncated"][i] = terminated, truncated

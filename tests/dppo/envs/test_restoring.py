@@ -1,5 +1,6 @@
 """Environments that are put into a state do what the one did that told it, to the last bit."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 from equality import assert_same
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics
 
 from dppo.envs.restoring import NotRestorable, generator_of, generator_state, restore, state_of
@@ -67,20 +68,23 @@ def test_environments_one_after_the_other(tmp_path, env_id):
     assert_goes_on(*(sync_vector_env(task_of(env_id), 2, history=2, chunk=1) for _ in range(2)), tmp_path)
 
 
-def test_environments_in_worker_processes_and_from_there_in_this_one(tmp_path):
-    task = task_of("Ant-v5")
-    envs = [worker_vector_env(task, 3, history=2, chunk=2, workers=workers) for workers in (2, 3)]
-    assert_goes_on(*envs, tmp_path / "workers")
-    mixed = worker_vector_env(task, 3, history=2, chunk=2, workers=2), sync_vector_env(task, 3, history=2, chunk=2)
-    stepper, other = map(Stepper, mixed)
-    stepper.reset(seed=0)
-    other.reset(seed=1)
-    state = stepper.get_state()
-    other.set_state({**state, "env": {**state["env"], "resets_next": np.zeros(3, bool)}})
-    action = np.zeros(mixed[0].action_space.shape, np.float32)
-    assert_same(vars(stepper.step(action)), vars(other.step(action)), "step")
-    stepper.close()
-    other.close()
+def test_an_environment_that_the_next_step_only_resets(tmp_path):
+    """A state is taken after 7 chunks of 2 steps, and the episodes have ended with step 13."""
+    make = partial(sync_vector_env, task_of("Pendulum-v1"), 2, history=2, chunk=2)
+    assert_goes_on(*(make(autoreset_mode=AutoresetMode.NEXT_STEP) for _ in range(2)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "places"),
+    [
+        ("Ant-v5", ("workers", "workers")),
+        ("Pendulum-v1", ("workers", "here")),
+        ("Pendulum-v1", ("here", "workers")),
+    ],
+)
+def test_environments_in_worker_processes_and_between_there_and_this_one(tmp_path, env_id, places):
+    make = {"workers": partial(worker_vector_env, workers=2), "here": sync_vector_env}
+    assert_goes_on(*(make[place](task_of(env_id), 3, history=2, chunk=2) for place in places), tmp_path)
 
 
 def test_a_state_is_a_copy():

@@ -21,6 +21,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import SyncVectorEnv
 
 from dppo.envs.one_by_one import OneByOne
+from dppo.envs.restoring import NotRestorable
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env, sync_vector_env, worker_vector_env
 from dppo.envs.workers import process
@@ -350,25 +351,39 @@ def test_a_death_during_a_reset_changes_nothing(worker_env):
 
 
 def test_an_episode_that_is_lost_while_others_are_reset_is_dropped_in_the_next_step(worker_env):
+    """Its action, which was chosen by an observation of the lost episode, is not executed in the new one."""
     env = worker_env(num_envs=4)
-    kill(env.reset(seed=0)[0][2, 0, 0])
+    pid = env.reset(seed=0)[0][2, 0, 0]
+    kill(pid)
     obs, _ = env.reset(seed=7, options={"reset_mask": np.array([True, False, True, False])})
     assert obs[[0, 2], 0, 2].tolist() == [7, 9]
-    assert env.step(deeds(0, 0, 0, 0))[-1]["dropped"].tolist() == [False, False, False, True]
+    obs, *_, infos = env.step(deeds(0, 0, 0, MISHAP))
+    assert infos["dropped"].tolist() == [False, False, False, True]
+    assert not obs[:3].any()
+    assert obs[3, 0, 0] not in (0, pid), "the first observation of the new episode"
+    with pytest.raises(Mishap):
+        env.step(deeds(0, 0, 0, MISHAP))
 
 
-def test_a_death_while_the_state_is_told_or_put_back_costs_no_more_than_the_episodes(worker_env):
+def test_after_a_death_there_is_no_state_to_tell_until_the_next_step_has_dropped_what_was_lost(worker_env):
     env = worker_env(Task("point", "Point-v0"), num_envs=4)
     env.reset(seed=3)
-    process = env._workers[1]._process
-    process.kill()
-    process.wait()
+    kill(env._workers[1]._process.pid)
+    for _ in range(2):
+        with pytest.raises(NotRestorable, match="a worker process has died"):
+            env.get_state()
+    obs, *_, infos = env.step(np.zeros((4, 1, 2), np.float32))
+    assert infos["dropped"].tolist() == [False, False, True, True]
+    told = [state["env"]["layers"][-1]["own"] for state in env.get_state()["envs"]]
+    assert [state["steps"] for state in told] == [1, 1, 0, 0]
+    np.testing.assert_array_equal([state["target"] for state in told], obs[:, 0])
+
+
+def test_a_death_while_a_state_is_put_back_changes_nothing(worker_env):
+    env = worker_env(Task("point", "Point-v0"), num_envs=4)
+    env.reset(seed=3)
     state = env.get_state()
-    assert len(state["envs"]) == 4
-    assert env.step(np.zeros((4, 1, 2), np.float32))[-1]["dropped"].tolist() == [False, False, True, True]
-    process = env._workers[0]._process
-    process.kill()
-    process.wait()
+    kill(env._workers[0]._process.pid)
     env.set_state(state)
     found = env.step(np.zeros((4, 1, 2), np.float32))
     assert "dropped" not in found[-1]

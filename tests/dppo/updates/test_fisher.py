@@ -15,7 +15,7 @@ from torch.distributions import (
 )
 from torch.func import functional_call
 
-from dppo.updates.fisher import FisherProduct, conjugate_gradients, fisher_product
+from dppo.updates.fisher import FisherProduct, conjugate_gradients
 from dppo.updates.flat import FlatParameters
 
 ROWS = 7
@@ -73,7 +73,7 @@ def matrix(net: Net, law: Callable[[Tensor], Distribution], x: Tensor) -> Tensor
     parameters = FlatParameters(net.parameters())
     value = law(net(x)).sample()
     return torch.stack(
-        [fisher_product(law(net(x)), value, parameters, unit) for unit in torch.eye(len(parameters))], dim=1
+        [FisherProduct(law(net(x)), value, parameters)(unit) for unit in torch.eye(len(parameters))], dim=1
     )
 
 
@@ -107,9 +107,9 @@ def test_the_product_of_a_law_without_a_closed_form_is_that_of_its_scores():
     many = x.repeat(4000, 1)
     value = mixture(net(many)).sample()
     vector = torch.randn(len(parameters))
-    product = fisher_product(mixture(net(many)), value, parameters, vector)
+    product = FisherProduct(mixture(net(many)), value, parameters)(vector)
     scores = torch.stack([parameters.gradient(mixture(net(x)).log_prob(value[:ROWS])[i]) for i in range(ROWS)])
-    few = fisher_product(mixture(net(x)), value[:ROWS], parameters, vector)
+    few = FisherProduct(mixture(net(x)), value[:ROWS], parameters)(vector)
     torch.testing.assert_close(few, scores.T @ (scores @ vector) / ROWS)
     expected = hessian_of_kl(net, same, x) @ vector
     assert torch.cosine_similarity(product, expected, dim=0) > 0.999
@@ -121,9 +121,9 @@ def test_the_result_goes_into_the_memory_that_is_given():
     parameters, law = FlatParameters(net.parameters()), LAWS["normal of fixed deviation"][1]
     out = torch.empty(len(parameters))
     vector = torch.randn(len(parameters))
-    product = fisher_product(law(net(x)), net(x), parameters, vector, out)
+    product = FisherProduct(law(net(x)), net(x), parameters)(vector, out)
     assert product.data_ptr() == out.data_ptr()
-    assert torch.equal(product, fisher_product(law(net(x)), net(x), parameters, vector))
+    assert torch.equal(product, FisherProduct(law(net(x)), net(x), parameters)(vector))
 
 
 def test_kept_graphs_give_the_same_products_again_and_again(case):
@@ -131,7 +131,7 @@ def test_kept_graphs_give_the_same_products_again_and_again(case):
     parameters, value = FlatParameters(net.parameters()), law(net(x)).sample()
     kept = FisherProduct(law(net(x)), value, parameters)
     for vector in torch.randn(3, len(parameters)):
-        assert torch.equal(kept(vector), fisher_product(law(net(x)), value, parameters, vector))
+        assert torch.equal(kept(vector), FisherProduct(law(net(x)), value, parameters)(vector))
 
 
 # --- conjugate gradients

@@ -16,7 +16,7 @@ from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
 from dppo.updates.faults import NotFiniteError
-from dppo.updates.fisher import fisher_product
+from dppo.updates.fisher import FisherProduct
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
 from policies import DiffusionPolicy, log_prob_factors
 from policies.chain import DiffusionConfig
@@ -93,7 +93,7 @@ def test_the_step_solves_the_system_of_the_fisher_information(make_trainer, kind
 
     def column(unit: Tensor) -> Tensor:
         law = trainer.policy.transition(pairs.obs, pairs.latent, pairs.step)
-        return batch.num_steps * fisher_product(law, pairs.following, rule.parameters, unit)
+        return batch.num_steps * FisherProduct(law, pairs.following, rule.parameters)(unit)
 
     fisher = torch.stack([column(unit) for unit in torch.eye(len(gradient))])
     damped = fisher.double() + 0.3 * torch.eye(len(gradient), dtype=torch.float64)
@@ -227,6 +227,17 @@ def test_an_advantage_that_is_not_finite_is_no_step_and_ten_in_a_row_are_an_erro
         update(trainer, broken)
     assert {"batch/advantages", "gradient_norm", "loss"} < caught.value.evidence.keys()
     assert torch.equal(rule_of(trainer).parameters.values, before)
+
+
+def test_skipped_steps_are_in_a_row_with_those_before_the_state_was_saved(make_trainer):
+    trainer, resumed = (make_trainer("gaussian", TRPOConfig(critic_epochs=1)) for _ in range(2))
+    batch = rollout_batch(trainer)
+    broken = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, torch.nan))
+    for _ in range(9):
+        update(trainer, broken)
+    rule_of(resumed).load_state_dict(rule_of(trainer).state_dict())
+    with pytest.raises(NotFiniteError, match=r"^10 updates"):
+        update(resumed, broken)
 
 
 def test_only_the_critic_learns_during_its_warm_up(make_trainer):

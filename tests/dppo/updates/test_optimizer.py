@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dppo.updates.faults import MOST_SKIPPED, NotFiniteError
 from dppo.updates.optimizer import FlatAdamW
 from policies import Policy
 
@@ -132,7 +133,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was(max_grad_norm
     loss = weight.abs().sqrt().sum()  # 0, but its slope is not finite
     assert not step_of(optimizer, waiting)(optimizer.parameters.gradient(loss), loss.detach())
     assert weight.tolist() == [0.0, 0.0]
-    assert not any(moment.any() for moment in optimizer.state_dict().values())
+    assert not any(moment.any() for moment in optimizer.moments)
 
 
 @pytest.mark.parametrize("waiting", [False, True])
@@ -142,12 +143,28 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was_and_the_next_step
     optimizer = flat(module.parameters(), what="critic", weight_decay=0.5)
     step, gradient = step_of(optimizer, waiting), torch.ones_like(optimizer.parameters.values)
     step(gradient, torch.tensor(0.0))
-    before, moments = content(module), copy.deepcopy(optimizer.state_dict())
+    before, moments = content(module), [moment.clone() for moment in optimizer.moments]
     assert not step(gradient, torch.tensor(value))
     assert all(torch.equal(value, before[name]) for name, value in content(module).items())
-    assert all(torch.equal(value, moments[name]) for name, value in optimizer.state_dict().items())
+    assert all(torch.equal(new, old) for new, old in zip(optimizer.moments, moments, strict=True))
     assert step(gradient, torch.tensor(0.0))
     assert optimizer.moments[2] == 2
+
+
+def test_skipped_steps_are_in_a_row_with_those_before_the_state_was_saved():
+    def skip(optimizer: FlatAdamW) -> bool:
+        gradient = torch.ones_like(optimizer.parameters.values)
+        return optimizer.step(
+            gradient, torch.tensor(math.nan), lambda: {"loss": gradient[0], "gradient_norm": gradient[0]}
+        )
+
+    first, second = (flat(network().parameters()) for _ in range(2))
+    for _ in range(MOST_SKIPPED - 1):
+        skip(first)
+    second.load_state_dict(first.state_dict())
+    assert second.skips.state_dict() == {"in_a_row": MOST_SKIPPED - 1, "counted": MOST_SKIPPED - 1}
+    with pytest.raises(NotFiniteError, match=f"^{MOST_SKIPPED} updates of the policy network in a row"):
+        skip(second)
 
 
 # --- parameters as views
