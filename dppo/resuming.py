@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dppo.checkpoint import TRAINER, latest_checkpoint
+from dppo.checkpoint import TRAINER, checkpoints_in, latest_checkpoint
 from dppo.configuration import groups_of
+from dppo.durable import damage, recover
 from dppo.output.metrics import cut_back
 from dppo.output.run_directory import RunDirectory
 from dppo.states import STATE_NAME, check_state, read_state
@@ -74,7 +75,8 @@ def resumed_run(
         held: keeps other processes out of the run until it is closed.
 
     Raises:
-        UserError: it is no run of this command, is given what cannot be changed any more, or is running.
+        UserError: it is no run of this command, is given what cannot be changed any more, is running, or has no
+            checkpoint that is whole, but some that are not.
     """
     if config["resume"] is None:
         return None
@@ -96,8 +98,14 @@ def resumed_run(
     for key in {*changed, "trust"}:  # which is the user's own, and not the file's
         _copy_setting(key.split("."), config, merged)
     permitted(config_from_dict(Task, merged["task"], "task"), str(directory.config_path), [merged["trust"]])
+    recover(directory.checkpoints)
     checkpoint = latest_checkpoint(directory.checkpoints)
     if checkpoint is None:
+        if damaged := checkpoints_in(directory.checkpoints):
+            raise UserError(
+                f"no checkpoint in {directory.checkpoints} is whole, of the newest, {damaged[0].name}, "
+                f"{damage(damaged[0])}; put a copy in its place, or move that folder away to start anew"
+            )
         print(f"{directory.path} has no checkpoint to go on from: it starts anew from its configuration", flush=True)
         merged["overwrite"] = True
     return Resumed(directory, merged, checkpoint)

@@ -66,7 +66,7 @@ class Checkpoints:
         """Checkpoints of a run.
 
         Args:
-            folder: of the run's checkpoints; what interrupted writing left there is removed.
+            folder: of the run's checkpoints.
             config: when, and how many.
             write: writes the present state of the run to a path, whole or not at all.
             go_on: the command that continues the run, for errors.
@@ -80,8 +80,6 @@ class Checkpoints:
         self._write = write
         self._go_on = go_on
         self._saved_at = time.monotonic()
-        for left in folder.glob("*.tmp"):
-            left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
 
     def go_on(self, path: Path, best: Mapping[str, Any] | None) -> None:
         """The state is that of this checkpoint, of when ``best`` was the best; those that claim to be newer go."""

@@ -29,7 +29,7 @@ from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
 from dppo.randomness import seed_shared
 from dppo.resuming import NOT_EXACTLY, finished_line, go_on, restore, resumed_run
-from dppo.run_setup import build_sinks, open_run, prepare_device
+from dppo.run_setup import begin_run, build_sinks, open_run, prepare_device
 from dppo.saving import CheckpointConfig, Checkpoints, checkpoint_settings
 from dppo.statistics import EvaluationSummary
 from dppo.stopping import Stop
@@ -77,9 +77,10 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
             training.go_on(checkpoint, notes, summary)
         else:
             name = f"finetune-{trainer.task.name}-{trainer.policy.type}-{config['algo']['type']}-seed{config['seed']}"
-            directory = open_run(config, name, source_of(config["checkpoint"]))
             if resumed is None:
-                held.enter_context(directory.held())
+                directory = held.enter_context(open_run(config, name, source_of(config["checkpoint"])))
+            else:
+                directory = begin_run(resumed.directory.path, config)
             training = Finetuning(config, trainer, directory, settings)
         print(_plan(config, trainer, device), flush=True)
         return training.run()

@@ -24,7 +24,7 @@ from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
 from dppo.randomness import seed_shared
 from dppo.resuming import finished_line, go_on, restore, resumed_run
-from dppo.run_setup import build_sinks, open_run, prepare_device
+from dppo.run_setup import begin_run, build_sinks, open_run, prepare_device
 from dppo.saving import CheckpointConfig, Checkpoints, checkpoint_settings
 from dppo.statistics import EvaluationSummary
 from dppo.stopping import Stop
@@ -66,9 +66,11 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
             cloning.checkpoints.go_on(resumed.checkpoint, notes["best"])
         else:
             config = {**config, **policy_settings(cloner.policy)}
-            directory = open_run(config, f"pretrain-{task.name}-{cloner.policy.type}-seed{config['seed']}")
+            name = f"pretrain-{task.name}-{cloner.policy.type}-seed{config['seed']}"
             if resumed is None:
-                held.enter_context(directory.held())
+                directory = held.enter_context(open_run(config, name))
+            else:
+                directory = begin_run(resumed.directory.path, config)
             cloning = Cloning(config, cloner, task, directory, settings)
         print(_plan(cloner, task, str(config["dataset"] or task.dataset), device), flush=True)
         return cloning.run()

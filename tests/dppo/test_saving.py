@@ -86,13 +86,6 @@ def test_nothing_is_removed_before_the_new_one_is_there(checkpoints, tmp_path, m
     assert names(tmp_path) == {"1"}
 
 
-def test_what_interrupted_writing_left_is_cleared_away(checkpoints, tmp_path):
-    (tmp_path / "7.tmp").mkdir()
-    (tmp_path / "best.tmp").symlink_to("7")
-    checkpoints()
-    assert names(tmp_path) == set()
-
-
 def test_going_on_removes_what_claims_to_be_newer(checkpoints, tmp_path):
     for steps in ("10", "20", "30"):
         write(tmp_path / steps)

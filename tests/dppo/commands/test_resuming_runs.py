@@ -258,13 +258,20 @@ def test_a_checkpoint_of_another_configuration_is_refused_with_its_file_and_entr
     assert "should be Tensor (7" in message
 
 
-def test_without_any_whole_checkpoint_a_run_starts_anew(ended, expected, capsys):
-    run = ended
-    for checkpoint in checkpoints_in(run / "checkpoints"):
+def test_a_run_whose_checkpoints_are_all_damaged_keeps_them_and_says_so(ended, refused):
+    for checkpoint in checkpoints_in(ended / "checkpoints"):
         (checkpoint / "manifest.json").unlink()
-    go_on("finetune", run)
+    before = sorted(ended.rglob("*"))
+    message = refused("finetune", f"resume={ended}")
+    assert f"no checkpoint in {ended}/checkpoints is whole, of the newest, 300, it has no manifest.json; " in message
+    assert sorted(ended.rglob("*")) == before
+
+
+def test_without_any_checkpoint_a_run_starts_anew(ended, expected, capsys):
+    shutil.rmtree(ended / "checkpoints")
+    go_on("finetune", ended)
     assert "it starts anew from its configuration" in capsys.readouterr().out
-    assert outcome(run) == expected
+    assert outcome(ended) == expected
 
 
 # --- disks that are full
@@ -340,14 +347,8 @@ def test_what_is_no_run_of_the_command_is_refused(ended, refused, tmp_path):
 
 
 def test_a_run_that_is_running_is_refused(ended, refused):
-    run = ended
-    code = "import sys; from pathlib import Path; from dppo.output.run_directory import RunDirectory\n"
-    code += "with RunDirectory(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code, run], stdin=-1, stdout=-1) as other:
-        assert other.stdout is not None and other.stdin is not None
-        other.stdout.readline()
-        assert f"another process is at work in {run}" in refused("finetune", f"resume={run}", "env_steps=400")
-        other.stdin.close()
+    with RunDirectory(ended).held():
+        assert f"another process is at work in {ended}" in refused("finetune", f"resume={ended}", "env_steps=400")
 
 
 # --- processes that are killed
