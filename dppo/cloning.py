@@ -15,6 +15,7 @@ from torch import Tensor
 from dppo.data.demos import WindowDataset
 from dppo.output.metrics import Row
 from dppo.precision import Precision, computing_in
+from dppo.randomness import load_shared_state, shared_state
 from dppo.threads import single_thread
 from dppo.updates.batch import split
 from dppo.updates.faults import evidence_of
@@ -191,6 +192,7 @@ class Cloner:
             "order": self.order,
             "prepared": self.prepared,
             "windows": len(self.train),
+            "randomness": shared_state(),
             "updates": self.updates,
             "wall_clock_s": self.wall_clock_s,
         }
@@ -212,5 +214,6 @@ class Cloner:
         self.generator.set_state(state["generator"])
         self.order = state["order"].to(self.device)
         self.prepared = [tuple(column.to(self.device) for column in exercise) for exercise in state["prepared"]]
+        load_shared_state(state["randomness"])
         self.updates = state["updates"]
         self.wall_clock_s = state["wall_clock_s"]

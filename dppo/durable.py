@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from policies.seal import sha256_of
+
+NEW, OLD = ".tmp", ".old.tmp"
+"""Ends of the names of a directory that is being filled, and of the one that it replaces."""
 MANIFEST_NAME = "manifest.json"
 """Size and SHA-256 of each file of a directory, in it."""
 
@@ -35,9 +38,10 @@ def flush(path: Path) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that takes the name ``path`` once it is filled, listed in a manifest and on the disk.
 
-    Whatever had the name before is replaced. If filling fails, all is as it was.
+    Whatever had the name before is replaced, and there is always one of the two: see `recover`. If filling fails, all
+    is as it was.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary, replaced = (path.with_name(f"{path.name}{end}") for end in (NEW, OLD))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -50,9 +54,24 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(path, replaced)
     os.replace(temporary, path)
     flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Clear away what an interrupted `new_directory` left in a folder; if its name is free, what is whole takes it."""
+    for left in sorted(folder.glob(f"*{NEW}"), key=lambda left: left.name.endswith(OLD)):
+        path = left.with_name(left.name.removesuffix(OLD).removesuffix(NEW))
+        if left.is_symlink():
+            left.unlink()
+        elif not path.exists() and damage(left) is None:
+            os.replace(left, path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def damage(path: Path) -> str | None:
@@ -75,5 +94,4 @@ def damage(path: Path) -> str | None:
 
 
 def _described(file: Path) -> dict[str, int | str]:
-    content = file.read_bytes()
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"size": file.stat().st_size, "sha256": sha256_of(file)}

@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dppo.checkpoint import TRAINER, latest_checkpoint
+import torch
+
+from dppo.checkpoint import TRAINER, checkpoints_in, latest_checkpoint
 from dppo.configuration import groups_of
+from dppo.durable import damage, recover
 from dppo.output.metrics import cut_back
 from dppo.output.run_directory import RunDirectory
+from dppo.saving import Best
 from dppo.states import STATE_NAME, check_state, read_state
+from dppo.statistics import EvaluationSummary
 from dppo.task import Task, permitted
 from policies import Policy, UserError
 from policies.config import config_from_dict, near_misses
@@ -45,6 +50,18 @@ class Learner(Protocol[Loaded]):
 
 
 @dataclass(frozen=True)
+class Notes:
+    """What a checkpoint says beside the state of what learns."""
+
+    device: str
+    """The kind of device that it learned on."""
+    best: Best | None = None
+    """The best checkpoint of the run then."""
+    before: EvaluationSummary | None = None
+    """What fine-tuning began with."""
+
+
+@dataclass(frozen=True)
 class Resumed:
     """A run that is to go on."""
 
@@ -61,6 +78,12 @@ class Resumed:
         adjustable = cls.Config.adjustable - {"sampler"}
         return {"task"} | {f"policy.{name}" for name in self.config["policy"] if name in adjustable}
 
+    def last_evaluation(self, name: str, x_axis: str, done: int) -> EvaluationSummary | None:
+        """What its summary calls so, of when so much was done; None: the run had not ended there."""
+        summary = self.directory.read_summary() or {}
+        found = summary.get(name)
+        return EvaluationSummary.from_dict(found) if found is not None and summary.get(x_axis) == done else None
+
 
 def resumed_run(
     command: str, config: Mapping[str, Any], overridden: Collection[str], held: ExitStack
@@ -74,7 +97,8 @@ def resumed_run(
         held: keeps other processes out of the run until it is closed.
 
     Raises:
-        UserError: it is no run of this command, is given what cannot be changed any more, or is running.
+        UserError: it is no run of this command, is given what cannot be changed any more, is running, or has no
+            checkpoint that is whole, but some that are not.
     """
     if config["resume"] is None:
         return None
@@ -96,27 +120,41 @@ def resumed_run(
     for key in {*changed, "trust"}:  # which is the user's own, and not the file's
         _copy_setting(key.split("."), config, merged)
     permitted(config_from_dict(Task, merged["task"], "task"), str(directory.config_path), [merged["trust"]])
+    recover(directory.checkpoints)
     checkpoint = latest_checkpoint(directory.checkpoints)
     if checkpoint is None:
+        if damaged := checkpoints_in(directory.checkpoints):
+            raise UserError(
+                f"no checkpoint in {directory.checkpoints} is whole, of the newest, {damaged[0].name}, "
+                f"{damage(damaged[0])}; put a copy in its place, or move that folder away to start anew"
+            )
         print(f"{directory.path} has no checkpoint to go on from: it starts anew from its configuration", flush=True)
         merged["overwrite"] = True
     return Resumed(directory, merged, checkpoint)
 
 
-def restore(checkpoint: Path, learner: Learner[Loaded], free: Collection[str]) -> tuple[Loaded, dict[str, Any]]:
+def restore(
+    checkpoint: Path, learner: Learner[Loaded], device: torch.device, free: Collection[str]
+) -> tuple[Loaded, Notes]:
     """Put a learner into the state of a checkpoint; what it says to that, and the notes beside its state.
 
     Args:
         checkpoint: a whole one.
         learner: of the run's configuration.
+        device: that it is on.
         free: paths of entries in its state whose form it does not know beforehand.
 
     Raises:
-        UserError: a state that is not of such a learner.
+        UserError: a state that is not of such a learner, or of one on another kind of device.
     """
     where = checkpoint / TRAINER / STATE_NAME
     state = read_state(where.parent)
-    notes = state.pop("notes", {})
+    found = state.pop("notes", None)
+    notes = config_from_dict(Notes, found if isinstance(found, dict) else {}, f"{where}, notes")
+    if notes.device != device.type:  # whose random generators cannot take over from those of another kind
+        raise UserError(
+            f"{where} was written on device={notes.device} and goes on on that kind of device only, not on {device}"
+        )
     check_state(state, learner.state_dict(), str(where), free)
     try:
         return learner.load_state_dict(state), notes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,15 @@ def prepare_device(config: Mapping[str, Any]) -> torch.device:
         raise UserError(f"device={name} cannot be used: {detail}") from error
 
 
-def open_run(config: Mapping[str, Any], default_name: str, source: Path | None = None) -> RunDirectory:
-    """Create the run directory: ``run``, or ``runs/<default_name>``, numbered where that exists and is to be kept.
+@contextmanager
+def open_run(config: Mapping[str, Any], default_name: str, source: Path | None = None) -> Iterator[RunDirectory]:
+    """A new run directory: ``run``, or ``runs/<default_name>``, numbered where that exists and is to be kept.
+
+    Other processes are kept out of it while this context lasts.
 
     Raises:
-        UserError: it exists and may not be overwritten, or holds ``source``, the checkpoint that the run starts from.
+        UserError: it exists and may not be overwritten, another process is at work in it, or it holds ``source``, the
+            checkpoint that the run starts from.
     """
     overwrite = bool(config["overwrite"])
     path = RUNS / default_name
@@ -60,7 +65,17 @@ def open_run(config: Mapping[str, Any], default_name: str, source: Path | None =
     if source is not None and overwrite and source.resolve().is_relative_to(path.resolve()):
         raise UserError(f"overwriting {path} would delete the checkpoint {source}; choose another run=...")
     check_logger(config)  # before anything is written
-    directory = RunDirectory.create(path, overwrite=overwrite, config=config)
+    with RunDirectory(path).held():  # before anything is removed
+        yield begin_run(path, config)
+
+
+def begin_run(path: Path, config: Mapping[str, Any]) -> RunDirectory:
+    """Let a run begin in a directory that this process holds; what may be overwritten there goes.
+
+    Raises:
+        UserError: it may not be overwritten, or not be written.
+    """
+    directory = RunDirectory.create(path, overwrite=bool(config["overwrite"]), config=config)
     print(f"writing to {directory.path}", flush=True)
     return directory
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dppo.checkpoint import checkpoints_in
 from dppo.statistics import EvaluationSummary
-from policies import UserError
+from dppo.stopping import Stopped
 from policies.config import config_from_dict
 
 BEST = "best"
@@ -66,10 +67,10 @@ class Checkpoints:
         """Checkpoints of a run.
 
         Args:
-            folder: of the run's checkpoints; what interrupted writing left there is removed.
+            folder: of the run's checkpoints.
             config: when, and how many.
             write: writes the present state of the run to a path, whole or not at all.
-            go_on: the command that continues the run, for errors.
+            go_on: the command that continues the run, to be told if it fails.
         """
         self.folder = folder
         self.config = config
@@ -80,13 +81,31 @@ class Checkpoints:
         self._write = write
         self._go_on = go_on
         self._saved_at = time.monotonic()
-        for left in folder.glob("*.tmp"):
-            left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
 
-    def go_on(self, path: Path, best: Mapping[str, Any] | None) -> None:
-        """The state is that of this checkpoint, of when ``best`` was the best; those that claim to be newer go."""
-        self.latest = path
-        self.best = None if best is None else config_from_dict(Best, best, str(path))
+    @contextmanager
+    def told_on_failure(self) -> Iterator[None]:
+        """Whatever ends what is done in this context, but `Stopped`, which says so itself: tell how to go on."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except BaseException:
+            if self.latest is None:
+                print(f"there is no checkpoint yet; `{self._go_on}` starts anew", flush=True)
+            else:
+                print(f"the last checkpoint is {self.latest}; `{self._go_on}` goes on from it", flush=True)
+            raise
+
+    def go_on(self, path: Path, best: Best | None, last: EvaluationSummary | None) -> None:
+        """The state is that of this checkpoint; those that claim to be newer go.
+
+        Args:
+            path: the checkpoint.
+            best: the best one when it was written.
+            last: its own evaluation after that, if the run had ended with it.
+        """
+        self.latest, self.best = path, best
+        self._note(int(path.name), last)
         for newer in checkpoints_in(self.folder):
             if int(newer.name) > int(path.name):
                 shutil.rmtree(newer)
@@ -114,11 +133,7 @@ class Checkpoints:
         """
         path = self.folder / str(steps)
         if again or path != self.latest:
-            try:
-                self._write(path)
-            except UserError as error:
-                kept = "there is none yet" if self.latest is None else f"the last one is {self.latest}"
-                raise UserError(f"{error}; {kept}; when that is mended, {self._go_on} goes on from it") from error
+            self._write(path)
             self.latest, self._saved_at = path, time.monotonic()
         self._link()
         self._remove_old()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from contextlib import closing
 from typing import Any
 
 import gymnasium
@@ -68,23 +69,27 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
         raise UserError(f"dataset {dataset} exists already; set another dataset=..., or overwrite=true to replace it")
     prepare_device(config)
     demonstrable_spaces(task)
-    env = make_plain_env(task)
-    try:
+    with closing(make_plain_env(task)) as env:
         check_storable(env)  # before an expert is trained for hours
-        directory = open_run(config, f"collect-{task.name}-seed{config['seed']}")
-        began = time.perf_counter()
-        demonstrator, algorithm, env_steps = _demonstrator(config, task, directory, env)
-        stored = record(
-            env,
-            demonstrator,
-            dataset,
-            seed=int(config["seed"]),
-            steps=int(config["steps"]),
-            algorithm_name=algorithm,
-            overwrite=bool(config["overwrite"]),
-        )
-    finally:
-        env.close()
+        with open_run(config, f"collect-{task.name}-seed{config['seed']}") as directory:
+            return _collect(config, task, dataset, directory, env)
+
+
+def _collect(
+    config: Mapping[str, Any], task: Task, dataset: str, directory: RunDirectory, env: gymnasium.Env
+) -> dict[str, Any]:
+    """Record the dataset, and tell what is in it; the summary."""
+    began = time.perf_counter()
+    demonstrator, algorithm, env_steps = _demonstrator(config, task, directory, env)
+    stored = record(
+        env,
+        demonstrator,
+        dataset,
+        seed=int(config["seed"]),
+        steps=int(config["steps"]),
+        algorithm_name=algorithm,
+        overwrite=bool(config["overwrite"]),
+    )
     episodes = [np.asarray(episode.rewards) for episode in stored.iterate_episodes()]
     successes = None
     if task.success_reward is not None:

@@ -11,7 +11,8 @@ from dppo.comparison.plan import ComparisonConfig, PlannedRun, plan
 from dppo.comparison.recorded import read_recorded
 from dppo.comparison.report import write_report
 from dppo.comparison.results import Result, Table, finished
-from dppo.comparison.running import only_one, run_all
+from dppo.comparison.running import run_all
+from dppo.locking import held
 from dppo.output.report import bar, duration, number
 from dppo.output.run_directory import command_line
 from dppo.processors import usable_processors
@@ -46,7 +47,7 @@ def run(
         raise UserError(f"processes must be a positive number, or null for one per processor, not {processes!r}")
     runs = plan(comparison, output, overrides, extra)
     recorded = read_recorded(comparison.recorded)
-    with only_one(output):
+    with held(output, f"another `dppo compare` is at work in {output}; choose another output=..."):
         failed = _run_missing(comparison, runs, processes, max(processors // min(processes, len(runs)), 1), extra)
         results = finished(runs)
         if results:

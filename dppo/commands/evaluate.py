@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from dppo.building import task_for, with_sampler
@@ -12,10 +13,12 @@ from dppo.checkpoint import find_policy, load_policy
 from dppo.evaluation import EvaluationConfig, evaluate_with_progress
 from dppo.fitting import fitted
 from dppo.output.report import final_table
-from dppo.output.run_directory import write_json
+from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
 from dppo.run_setup import open_run, prepare_device
 from dppo.sources import Foreign
+from dppo.task import Task
+from policies import Policy
 from policies.config import config_from_dict
 
 
@@ -31,7 +34,19 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
         policy = with_sampler(policy, config["sampler"])
     settings = {name: config[name] for name in ("episodes", "num_envs", "seed")}
     evaluation = config_from_dict(EvaluationConfig, settings, "evaluate")
-    directory = open_run(config, f"evaluate-{task.name}-{policy.type}", source)
+    with open_run(config, f"evaluate-{task.name}-{policy.type}", source) as directory:
+        return _evaluate(config, policy, task, evaluation, source, directory)
+
+
+def _evaluate(
+    config: Mapping[str, Any],
+    policy: Policy,
+    task: Task,
+    evaluation: EvaluationConfig,
+    source: Path,
+    directory: RunDirectory,
+) -> dict[str, Any]:
+    """Evaluate, and tell what came of it; the summary."""
     began = time.perf_counter()
     summary, episodes = evaluate_with_progress(policy, task, evaluation)
     seconds = time.perf_counter() - began

@@ -28,8 +28,8 @@ from dppo.output.report import Progress, bar, final_table
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
 from dppo.randomness import seed_shared
-from dppo.resuming import NOT_EXACTLY, finished_line, go_on, restore, resumed_run
-from dppo.run_setup import build_sinks, open_run, prepare_device
+from dppo.resuming import NOT_EXACTLY, Notes, finished_line, go_on, restore, resumed_run
+from dppo.run_setup import begin_run, build_sinks, open_run, prepare_device
 from dppo.saving import CheckpointConfig, Checkpoints, checkpoint_settings
 from dppo.statistics import EvaluationSummary
 from dppo.stopping import Stop
@@ -40,7 +40,7 @@ from policies.config import config_from_dict
 
 log = logging.getLogger(__name__)
 
-FREE = ("randomness", "actor/environments")
+FREE = ("actor/environments",)
 """Entries of a trainer's state whose form depends on where it is."""
 
 
@@ -65,24 +65,27 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
         trainer, config = _build(config, overridden, device, checkpoint)
         held.callback(trainer.close)
         if resumed is not None and checkpoint is not None:
-            exactly, notes = restore(checkpoint, trainer, FREE)
-            summary = resumed.directory.read_summary()
-            if trainer.finished and summary is not None and summary.get("after") is not None:
+            exactly, notes = restore(checkpoint, trainer, device, FREE)
+            last = resumed.last_evaluation("after", "env_steps", trainer.env_steps)
+            if trainer.finished and last is not None:
                 print(finished_line(resumed.directory, "env_steps", trainer.env_steps), flush=True)
-                return summary
+                return resumed.directory.read_summary() or {}
             go_on(resumed, config, "env_steps", trainer.env_steps)
             if not exactly:
                 print(NOT_EXACTLY, flush=True)
             training = Finetuning(config, trainer, resumed.directory, settings)
-            training.go_on(checkpoint, notes, summary)
+            training.before = notes.before
+            training.checkpoints.go_on(checkpoint, notes.best, last)
         else:
             name = f"finetune-{trainer.task.name}-{trainer.policy.type}-{config['algo']['type']}-seed{config['seed']}"
-            directory = open_run(config, name, source_of(config["checkpoint"]))
             if resumed is None:
-                held.enter_context(directory.held())
+                directory = held.enter_context(open_run(config, name, source_of(config["checkpoint"])))
+            else:
+                directory = begin_run(resumed.directory.path, config)
             training = Finetuning(config, trainer, directory, settings)
         print(_plan(config, trainer, device), flush=True)
-        return training.run()
+        with training.checkpoints.told_on_failure():
+            return training.run()
 
 
 def _build(
@@ -96,7 +99,7 @@ def _build(
         config = {**config, "task": dataclasses.asdict(task), **policy_settings(policy)}
     else:
         policy, task = load_policy(checkpoint / POLICY)[0], build_task(config)
-        policy.metadata.pop("evaluation", None)  # of what it will no longer be
+    policy.metadata.pop("evaluation", None)  # of what it will no longer be
     policy = policy.to(device)
     anchor = build_anchor(config, policy, task)
     trainer = Trainer(policy, task, trainer_config(config), algo, config["critic"], build_advantage(config), anchor)
@@ -118,15 +121,7 @@ class Finetuning:
         self._warned = False
         self.command = f"dppo finetune resume={directory.path}{trust_of(trainer.task)}"
         """That goes on with it."""
-        self.checkpoints = Checkpoints(directory.checkpoints, settings, self._save, go_on=f"`{self.command}`")
-
-    def go_on(self, checkpoint: Path, notes: Mapping[str, Any], summary: Mapping[str, Any] | None) -> None:
-        """Take up what is known: the notes of the checkpoint, and the summary of a run that had ended with it."""
-        self.before = EvaluationSummary.from_dict(notes["before"])
-        self.checkpoints.go_on(checkpoint, notes["best"])
-        steps, summary = self.trainer.env_steps, summary or {}
-        if summary.get("after") is not None and summary["env_steps"] == steps:
-            self.checkpoints.judge(steps, EvaluationSummary.from_dict(summary["after"]))
+        self.checkpoints = Checkpoints(directory.checkpoints, settings, self._save, go_on=self.command)
 
     def run(self) -> dict[str, Any]:
         """Evaluate, train, evaluate again; the summary.
@@ -144,11 +139,7 @@ class Finetuning:
                 self.checkpoints.save(0)
                 videos = {} if stop.asked else self._videos("before")
             self._write_summary(None)
-            try:
-                self._train(logger, stop)
-            except BaseException:
-                print(f"the last checkpoint is {self.checkpoints.latest}; `{self.command}` goes on from it", flush=True)
-                raise
+            self._train(logger, stop)
             self._write_summary(None)
             stop.check(f"all is saved, and `{self.command}` goes on")
             after = self._evaluate("after")
@@ -179,10 +170,9 @@ class Finetuning:
         return evaluate_with_progress(self.trainer.policy, self.trainer.task, self.evaluation, name)[0]
 
     def _save(self, path: Path) -> None:
-        assert self.before is not None
-        notes = {"before": self.before.as_dict(), "best": self.checkpoints.best_as_dict()}
         trainer, state = self.trainer, self.trainer.state_dict()
-        save_checkpoint(path, trainer.policy, trainer.task, {**state, "notes": notes})
+        notes = Notes(next(trainer.policy.parameters()).device.type, self.checkpoints.best, self.before)
+        save_checkpoint(path, trainer.policy, trainer.task, {**state, "notes": dataclasses.asdict(notes)})
         if not self._warned and state["actor"]["environments"] is None and not trainer.estimator.begins_episodes:
             log.warning("%s: if this run is resumed, its environments start new episodes", trainer.actor.not_restorable)
             self._warned = True

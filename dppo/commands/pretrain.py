@@ -23,8 +23,8 @@ from dppo.output.report import Progress, final_table
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
 from dppo.randomness import seed_shared
-from dppo.resuming import finished_line, go_on, restore, resumed_run
-from dppo.run_setup import build_sinks, open_run, prepare_device
+from dppo.resuming import Notes, finished_line, go_on, restore, resumed_run
+from dppo.run_setup import begin_run, build_sinks, open_run, prepare_device
 from dppo.saving import CheckpointConfig, Checkpoints, checkpoint_settings
 from dppo.statistics import EvaluationSummary
 from dppo.stopping import Stop
@@ -56,22 +56,25 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any
             raise UserError(f"log_interval must be at least 1, not {config['log_interval']}")
         cloner = _build(config, task, device)
         if resumed is not None and resumed.checkpoint is not None:
-            _, notes = restore(resumed.checkpoint, cloner, FREE)
-            summary = resumed.directory.read_summary()
-            if cloner.finished and summary is not None:
+            _, notes = restore(resumed.checkpoint, cloner, device, FREE)
+            last = resumed.last_evaluation("evaluation", "updates", cloner.updates)
+            if cloner.finished and last is not None:
                 print(finished_line(resumed.directory, "updates", cloner.updates), flush=True)
-                return summary
+                return resumed.directory.read_summary() or {}
             go_on(resumed, config, "updates", cloner.updates)
             cloning = Cloning(config, cloner, task, resumed.directory, settings)
-            cloning.checkpoints.go_on(resumed.checkpoint, notes["best"])
+            cloning.checkpoints.go_on(resumed.checkpoint, notes.best, last)
         else:
             config = {**config, **policy_settings(cloner.policy)}
-            directory = open_run(config, f"pretrain-{task.name}-{cloner.policy.type}-seed{config['seed']}")
+            name = f"pretrain-{task.name}-{cloner.policy.type}-seed{config['seed']}"
             if resumed is None:
-                held.enter_context(directory.held())
+                directory = held.enter_context(open_run(config, name))
+            else:
+                directory = begin_run(resumed.directory.path, config)
             cloning = Cloning(config, cloner, task, directory, settings)
         print(_plan(cloner, task, str(config["dataset"] or task.dataset), device), flush=True)
-        return cloning.run()
+        with cloning.checkpoints.told_on_failure():
+            return cloning.run()
 
 
 def _build(config: Mapping[str, Any], task: Task, device: torch.device) -> Cloner:
@@ -101,7 +104,7 @@ class Cloning:
         self.evaluation, self.evaluation_interval = evaluation_settings(config)
         self.command = f"dppo pretrain resume={directory.path}{trust_of(task)}"
         """That goes on with it."""
-        self.checkpoints = Checkpoints(directory.checkpoints, settings, self._save, go_on=f"`{self.command}`")
+        self.checkpoints = Checkpoints(directory.checkpoints, settings, self._save, go_on=self.command)
 
     def run(self) -> dict[str, Any]:
         """Clone and evaluate; the summary.
@@ -150,7 +153,7 @@ class Cloning:
         return evaluate_with_progress(self.cloner.averaged, self.task, self.evaluation)[0]
 
     def _save(self, path: Path) -> None:
-        notes = {"best": self.checkpoints.best_as_dict()}
+        notes = dataclasses.asdict(Notes(self.cloner.device.type, self.checkpoints.best))
         save_checkpoint(path, self.cloner.averaged, self.task, {**self.cloner.state_dict(), "notes": notes})
 
     def _video(self) -> dict[str, Path]:

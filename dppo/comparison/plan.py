@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dppo.checkpoint import checkpoints_in
 from dppo.configuration import compose_config, options
 from dppo.output.run_directory import RunDirectory, write_json
-from policies.config import near_misses
+from dppo.task import Task, trust_of
+from policies.config import config_from_dict, near_misses
 from policies.errors import UserError
 
 OWN = ("task", "seed", "run", "threads", "overwrite")
@@ -94,11 +96,8 @@ class PlannedRun:
     @property
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else None."""
-        try:
-            content = json.loads(self.directory.summary_path.read_text())
-        except (OSError, ValueError):
-            return None
-        return content if content.get("after") is not None else None
+        content = self.directory.read_summary()
+        return None if content is None or content.get("after") is None else content
 
     def note_settings(self) -> None:
         """Remember what is asked for."""
@@ -108,8 +107,16 @@ class PlannedRun:
     @property
     def can_go_on(self) -> bool:
         """Whether an earlier run was asked for the same, and has a checkpoint."""
-        saved = any(path.name.isdigit() for path in self.directory.checkpoints.glob("*"))
-        return saved and self._earlier == list(self.overrides)
+        return bool(checkpoints_in(self.directory.checkpoints)) and self._earlier == list(self.overrides)
+
+    def trust(self, extra: Path | None) -> list[str]:
+        """What going on with it needs besides: its task's module, which the comparison names and not the run's files.
+
+        Args:
+            extra: a directory with more choices, as of `compose_config`.
+        """
+        task = compose_config("finetune", self.overrides, extra)["task"]
+        return trust_of(config_from_dict(Task, task, "task")).split()
 
     @property
     def _earlier(self) -> list[str] | None:

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dppo.comparison.plan import PlannedRun
 from dppo.output.metrics import read_metrics
-from policies import UserError
 
 POINTS = 50
 """Of a learning curve; each the mean of what was measured since the one before."""
@@ -39,13 +35,7 @@ class Result:
     @property
     def provenance(self) -> dict[str, Any]:
         """When, where and with what it ran, as of `dppo.output.run_directory.provenance`."""
-        path = self.run.directory.config_path
-        try:
-            content = OmegaConf.to_container(OmegaConf.load(path))  # without resolving what refers to anything
-            assert isinstance(content, dict)
-            return content["provenance"]
-        except (OSError, ValueError, LookupError, AssertionError, OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        return self.run.directory.read_provenance()
 
     @property
     def success(self) -> float | None:

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dppo.comparison.plan import PlannedRun
-from policies.errors import UserError
 
 PATIENCE_S = 300.0
 """How long an interrupted run may take to end its iteration, or an evaluation, and to save what it learned."""
 POLL_S = 0.2
-
-
-@contextmanager
-def only_one(output: Path) -> Iterator[None]:
-    """Keep other comparisons out of a directory.
-
-    Raises:
-        UserError: there is one at work in it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another `dppo compare` is at work in {output}; choose another output=...") from error
-        yield
 
 
 def run_all(
@@ -77,7 +59,7 @@ def _start(run: PlannedRun, threads: int, extra: Path | None) -> subprocess.Pope
     run.note_settings()
     where = [] if extra is None else ["--config-dir", str(extra)]
     path = str(run.path).replace("\\", "\\\\").replace("'", "\\'")
-    what = [f"resume='{path}'"] if goes_on else [*run.overrides, f"run='{path}'", "overwrite=true"]
+    what = [f"resume='{path}'", *run.trust(extra)] if goes_on else [*run.overrides, f"run='{path}'", "overwrite=true"]
     with run.log_path.open("ab" if goes_on else "wb") as log:
         command = [sys.executable, "-m", "dppo.cli", "finetune", *where, *what, f"threads={threads}"]
         # In a session of its own: Ctrl-C is for the comparison, which then asks its runs to end, once.

@@ -51,10 +51,8 @@ class MetricsLogger:
             for sink in self._sinks:
                 sink.log(plain)
         except OSError as error:
-            raise UserError(
-                f"a row of metrics could not be written to {self._path.parent}: {error.strerror or error}; the run's "
-                f"last checkpoint is as it was, and resume=... goes on from it"
-            ) from error
+            reason = error.strerror or error
+            raise UserError(f"a row of metrics could not be written to {self._path.parent}: {reason}") from error
 
     def close(self) -> None:
         """Close the file and the sinks."""

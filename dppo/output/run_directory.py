@@ -10,7 +10,6 @@ debug/              tensors, if training stopped because they were not finite
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -19,8 +18,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -32,6 +31,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from dppo.durable import flush, write_flushed
+from dppo.locking import held
 from dppo.processors import usable_processors
 from policies.errors import UserError
 
@@ -49,7 +49,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, *, overwrite: bool, config: Mapping[str, Any]) -> RunDirectory:
-        """Make the directory and write ``config.yaml``.
+        """Make the directory and write ``config.yaml``; whoever may meet another process there must hold it.
 
         Args:
             path: the directory; it may exist if it is empty.
@@ -77,9 +77,20 @@ class RunDirectory:
         """
         return {key: value for key, value in self._read_content().items() if key != PROVENANCE}
 
+    def read_provenance(self) -> dict[str, Any]:
+        """When, where and with what it began, as of `provenance`.
+
+        Raises:
+            UserError: it is no run, or the file is damaged.
+        """
+        found = self._read_content().get(PROVENANCE)
+        if not isinstance(found, dict):
+            raise UserError(f"{self.config_path} has no {PROVENANCE}")
+        return found
+
     def go_on(self, config: Mapping[str, Any], *, steps: int) -> None:
         """Write down that the run goes on after so many steps, with a configuration that may have been changed."""
-        began = dict(self._read_content().get(PROVENANCE) or {})
+        began = self.read_provenance()
         again = {"started": _now(), "command": command_line(), "after": steps}
         self._write_config(config, {**began, "resumed": [*began.get("resumed", []), again]})
         for left in self.path.glob(".*.tmp"):
@@ -99,27 +110,9 @@ class RunDirectory:
         content = OmegaConf.create({**config, PROVENANCE: dict(provenance)})
         write_text(self.config_path, f"{HEADER}\n{OmegaConf.to_yaml(content)}")
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes out of the run while this context lasts.
-
-        Raises:
-            UserError: there is one at work in it.
-        """
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise UserError(
-                f"another process is at work in {self.path}; end it before going on with this run"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            os.close(descriptor)
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the run while this context lasts, see `dppo.locking.held`."""
+        return held(self.path, f"another process is at work in {self.path}; end it first, or choose another run")
 
     def read_summary(self) -> dict[str, Any] | None:
         """The closing numbers, or those so far; None where there are none yet, or they are damaged."""

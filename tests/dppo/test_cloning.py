@@ -362,7 +362,8 @@ def test_the_state_holds_what_a_continued_training_would_need(make_cloner):
     cloner = make_cloner()
     cloner.run(4)
     state = copy.deepcopy(cloner.state_dict())
-    assert set(state) == {"policy", "optimizer", "generator", "order", "prepared", "updates"}
+    learned = {"policy", "averaged", "optimizer", "generator", "order", "prepared", "randomness"}
+    assert set(state) == learned | {"windows", "updates", "wall_clock_s"}
     assert all(torch.equal(state["policy"][name], value) for name, value in cloner.policy.state_dict().items())
     assert state["updates"] == 4
     assert [[len(column) for column in exercise] for exercise in state["prepared"]] == [[8] * 4] * 12

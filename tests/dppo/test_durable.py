@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dppo import durable
-from dppo.durable import damage, new_directory
+from dppo.durable import damage, new_directory, recover
 
 
 @pytest.fixture
@@ -48,6 +48,34 @@ def test_if_filling_fails_all_is_as_it_was(made, error):
         (temporary / "b").write_text("other")
         raise error
     assert {path: path.read_bytes() for path in made.parent.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_of_the_old_and_the_new_there_is_always_one_whole(made, monkeypatch, renamed):
+    replace, left = durable.os.replace, iter(range(renamed))
+
+    def killed(old: Path, new: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(durable.os, "replace", killed)
+        with new_directory(made) as temporary:
+            (temporary / "c").write_text("new")
+        raise KeyboardInterrupt
+    recover(made.parent)
+    assert [path.name for path in made.parent.iterdir()] == ["here"]
+    assert damage(made) is None
+    assert (made / "c").exists() == (renamed > 0)
+
+
+def test_what_interrupted_filling_left_is_cleared_away(made):
+    (made.parent / "other.tmp").mkdir()
+    (made.parent / "here.tmp").mkdir()
+    (made.parent / "best.tmp").symlink_to("other")
+    recover(made.parent)
+    assert [path.name for path in made.parent.iterdir()] == ["here"]
 
 
 def test_everything_is_on_the_disk_before_the_name_changes(tmp_path, monkeypatch):

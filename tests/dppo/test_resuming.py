@@ -1,5 +1,6 @@
 """A training that is taken up from a checkpoint is the one that never stopped, to the last bit."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dppo.checkpoint import load_policy, save_checkpoint
 from dppo.commands.finetune import FREE
 from dppo.estimators import GAEConfig, GroupConfig
 from dppo.output.metrics import Row
+from dppo.randomness import shared_state
 from dppo.resuming import restore
 from dppo.states import read_state
 from dppo.task import Task
@@ -23,7 +25,7 @@ from dppo.updates.config import UpdateConfig
 from dppo.updates.first_order_config import PPOConfig, PPOKLConfig
 from dppo.updates.natural import TRPOConfig
 from dppo.updates.weighted_imitation import WeightedImitationConfig
-from policies import Policy
+from policies import Policy, UserError
 
 MLP = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
 CARTPOLE = Task("cartpole", "CartPole-v1", max_episode_steps=17)
@@ -111,7 +113,7 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def saved(trainer: Trainer, path: Path) -> Path:
-    return save_checkpoint(path, trainer.policy, trainer.task, trainer.state_dict())
+    return save_checkpoint(path, trainer.policy, trainer.task, {**trainer.state_dict(), "notes": {"device": "cpu"}})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,7 +125,7 @@ def test_a_resumed_training_is_the_one_that_never_stopped(trainers, tmp_path, ca
     expected = iterated(whole, 4)
     torch.rand(3)  # whatever came between
     resumed = make(load_policy(path / "policy")[0])
-    exactly, _ = restore(path, resumed, FREE)
+    exactly, _ = restore(path, resumed, torch.device("cpu"), FREE)
     assert exactly
     assert iterated(resumed, 4) == expected
     found, wanted = weights(resumed), weights(whole)
@@ -136,6 +138,36 @@ def test_a_resumed_training_is_the_one_that_never_stopped(trainers, tmp_path, ca
     assert without_times(ends[0]) == without_times(ends[1])
     whole.close()
     resumed.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"notes": {"device": "cuda"}}, "written on device=cuda and goes on on that kind of device only, not on cpu"),
+        ({"notes": {}}, "notes, device: Field required"),
+        ({"notes": [1]}, "notes, device: Field required"),
+        ({"notes": {"device": "cpu", "best": {"steps": 3}}}, "notes, best"),
+        ({"notes": {"device": "cpu", "before": 3}}, "notes, before"),
+        ({"randomness": {}}, "lacks entry 'randomness/numpy'"),
+        ({"randomness": {**shared_state(), "torch": torch.zeros(3)}}, "entry 'randomness/torch' is Tensor"),
+        (
+            {"randomness": {**shared_state(), "numpy": np.random.default_rng(0).bit_generator.state}},
+            "entry 'randomness/numpy",
+        ),
+        (
+            {"randomness": {**shared_state(), "python": {**shared_state()["python"], "version": 9}}},
+            "the state of the random generators is damaged: state with version 9",
+        ),
+    ],
+)
+def test_a_state_that_is_none_of_this_training_is_refused_in_a_line(trainers, tmp_path, changes, told):
+    trainer: Trainer = trainers(**CASES["cartpole"])(None)
+    state = {**trainer.state_dict(), "notes": {"device": "cpu"}, **changes}
+    path = save_checkpoint(tmp_path / "1", trainer.policy, trainer.task, state)
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        restore(path, trainer, torch.device("cpu"), FREE)
+    assert str(path / "trainer" / "state.json") in str(caught.value)
+    trainer.close()
 
 
 def without_times(state: Any) -> Any:

@@ -46,40 +46,56 @@ def test_an_impossible_number_of_threads_or_seed_is_refused(settings):
         prepare_device({**CONFIG, **settings})
 
 
+def opened(config: dict[str, Any], name: str = "unused", source: Path | None = None) -> Path:
+    """The directory of a run that is over."""
+    with open_run(config, name, source) as directory:
+        return directory.path
+
+
+def test_a_run_at_work_is_not_overwritten(tmp_path):
+    config = {**CONFIG, "run": tmp_path / "run", "overwrite": True}
+    with open_run(config, "unused") as directory:
+        directory.metrics_path.write_text("precious")
+        with pytest.raises(UserError, match="another process is at work in"), open_run(config, "unused"):
+            pass
+        assert directory.metrics_path.read_text() == "precious"
+    assert not (opened(config) / "metrics.jsonl").exists()
+
+
 def test_a_run_without_a_name_takes_the_first_that_is_free(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [open_run(CONFIG, "finetune-hopper").path for _ in range(3)]
+    names = [opened(CONFIG, "finetune-hopper") for _ in range(3)]
     assert [str(path) for path in names] == [f"runs/finetune-hopper{end}" for end in ("", "-2", "-3")]
     assert (tmp_path / "runs" / "finetune-hopper-2" / "config.yaml").is_file()
 
 
 def test_a_named_run_is_where_it_was_asked_for_and_never_beside_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_run({**CONFIG, "run": "~/mine"}, "unused").path == tmp_path / "mine"
+    assert opened({**CONFIG, "run": "~/mine"}) == tmp_path / "mine"
     with pytest.raises(UserError, match=r"mine exists; choose another run=\.\.\., or overwrite=true"):
-        open_run({**CONFIG, "run": "~/mine"}, "unused")
+        opened({**CONFIG, "run": "~/mine"})
 
 
 def test_a_run_may_be_named_with_a_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert open_run({**CONFIG, "run": 7}, "unused").path == Path("7")
+    assert opened({**CONFIG, "run": 7}) == Path("7")
 
 
 def test_overwriting_a_run_without_a_name_takes_the_plain_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    open_run(CONFIG, "finetune-hopper")
-    assert str(open_run({**CONFIG, "overwrite": True}, "finetune-hopper").path) == "runs/finetune-hopper"
+    opened(CONFIG, "finetune-hopper")
+    assert str(opened({**CONFIG, "overwrite": True}, "finetune-hopper")) == "runs/finetune-hopper"
 
 
 def test_overwriting_spares_the_checkpoint_that_a_run_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = open_run({**CONFIG, "run": "mine"}, "unused").path / "checkpoints" / "1" / "policy"
+    source = opened({**CONFIG, "run": "mine"}) / "checkpoints" / "1" / "policy"
     source.mkdir(parents=True)
     for run in ("mine", "./mine", str(tmp_path / "mine")):
         with pytest.raises(UserError, match="would delete the checkpoint"):
-            open_run({**CONFIG, "run": run, "overwrite": True}, "unused", source)
+            opened({**CONFIG, "run": run, "overwrite": True}, source=source)
     assert source.is_dir()
-    assert open_run({**CONFIG, "run": "other", "overwrite": True}, "unused", source).path == Path("other")
+    assert opened({**CONFIG, "run": "other", "overwrite": True}, source=source) == Path("other")
 
 
 def test_loggers_by_name(tmp_path):
@@ -98,7 +114,7 @@ def test_a_logger_that_cannot_work_leaves_no_run_directory(tmp_path, monkeypatch
     monkeypatch.setattr(run_setup, "find_spec", lambda name: None)
     config = {"logger": {"type": kind}, "run": tmp_path / "run", "overwrite": False}
     with pytest.raises(UserError, match=says):
-        open_run(config, "unused")
+        opened(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -5,8 +5,9 @@ import pytest
 
 from dppo import saving
 from dppo.durable import new_directory
-from dppo.saving import CheckpointConfig, Checkpoints
+from dppo.saving import Best, CheckpointConfig, Checkpoints
 from dppo.statistics import EvaluationSummary, summarize
+from dppo.stopping import Stopped
 from policies import UserError
 
 
@@ -81,23 +82,31 @@ def test_nothing_is_removed_before_the_new_one_is_there(checkpoints, tmp_path, m
         raise UserError("no room")
 
     monkeypatch.setattr(kept, "_write", fail)
-    with pytest.raises(UserError, match=f"^no room; the last one is {tmp_path}/1; when that is mended, this goes on"):
+    with pytest.raises(UserError, match=r"^no room$"):
         kept.save(2)
     assert names(tmp_path) == {"1"}
 
 
-def test_what_interrupted_writing_left_is_cleared_away(checkpoints, tmp_path):
-    (tmp_path / "7.tmp").mkdir()
-    (tmp_path / "best.tmp").symlink_to("7")
-    checkpoints()
-    assert names(tmp_path) == set()
+def test_what_fails_is_followed_by_how_to_go_on_and_what_is_stopped_says_so_itself(checkpoints, tmp_path, capsys):
+    kept = checkpoints()
+    for error in (UserError("no room"), Stopped(2, "all is saved")):
+        with pytest.raises(type(error)), kept.told_on_failure():
+            raise error
+    kept.save(1)
+    with pytest.raises(KeyboardInterrupt), kept.told_on_failure():
+        raise KeyboardInterrupt
+    told = [
+        "there is no checkpoint yet; `this` starts anew",
+        f"the last checkpoint is {tmp_path}/1; `this` goes on from it",
+    ]
+    assert capsys.readouterr().out.splitlines() == told
 
 
 def test_going_on_removes_what_claims_to_be_newer(checkpoints, tmp_path):
     for steps in ("10", "20", "30"):
         write(tmp_path / steps)
     kept = checkpoints()
-    kept.go_on(tmp_path / "20", {"steps": 10, "success_rate": None, "return_mean": 3.0})
+    kept.go_on(tmp_path / "20", Best(10, None, 3.0), None)
     assert names(tmp_path) == {"10", "20", "best"}
     kept.save(20)
     kept.after(1, 40, result(2.0))

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from dppo.cloning import Cloner
 from dppo.commands import pretrain
 from dppo.configuration import compose_config, overridden_keys
 from dppo.output.metrics import read_metrics
+from dppo.statistics import summarize
 
 
 def store(dataset: str = "dppo/point-v0", episodes: int = 8, length: int = 6, dim: int = 2, bad: float = 0.0) -> None:
@@ -163,6 +165,26 @@ def test_a_finished_cloning_says_so(clone, capsys):
     assert main(["pretrain", f"resume={run}"]) == 0
     assert f"{run} is finished, with 12 updates; updates=... larger than that trains on" in capsys.readouterr().out
     assert json.loads((run / "summary.json").read_text()) == summary
+
+
+def test_a_cloning_that_is_prolonged_ends_with_an_evaluation_and_keeps_its_best_checkpoint(clone, monkeypatch):
+    store()
+    run, _ = clone("run", "policy=gaussian", "keep_checkpoints=1")
+
+    def killed(*arguments: Any) -> Any:
+        raise RuntimeError("killed")
+
+    worse = summarize([-1e9], [False])
+    for override, evaluate in (("updates=20", killed), ("keep_checkpoints=1", lambda *arguments: (worse, []))):
+        given = [f"resume={run}", override]
+        with monkeypatch.context() as patch, contextlib.suppress(RuntimeError):
+            patch.setattr(pretrain, "evaluate_with_progress", evaluate)
+            pretrain.run(compose_config("pretrain", given), overridden_keys(given))
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["updates"], summary["evaluation"]["return_mean"]) == (20, -1e9)
+    assert summary["best_checkpoint"]["steps"] == 12
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"12", "20", "best"}
+    assert (run / "checkpoints" / "best").resolve().name == "12"
 
 
 def test_a_cloning_is_not_resumed_with_other_demonstrations(clone, refused):

@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -152,6 +151,14 @@ def test_a_finished_run_says_so_and_stays_as_it_is(ended, capsys):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_checkpoint_that_was_about_to_be_replaced_is_taken_back(ended, capsys):
+    latest = newest(ended)
+    latest.rename(latest.with_name(f"{latest.name}.old.tmp"))
+    assert main(["finetune", f"resume={ended}"]) == 0
+    assert "is finished, with 300 env steps" in capsys.readouterr().out
+    assert newest(ended) == latest
+
+
 def test_more_steps_train_a_finished_run_on_and_are_written_down(ended, capsys):
     run = ended
     before = yaml.safe_load((run / "summary.json").read_text())["before"]
@@ -258,13 +265,20 @@ def test_a_checkpoint_of_another_configuration_is_refused_with_its_file_and_entr
     assert "should be Tensor (7" in message
 
 
-def test_without_any_whole_checkpoint_a_run_starts_anew(ended, expected, capsys):
-    run = ended
-    for checkpoint in checkpoints_in(run / "checkpoints"):
+def test_a_run_whose_checkpoints_are_all_damaged_keeps_them_and_says_so(ended, refused):
+    for checkpoint in checkpoints_in(ended / "checkpoints"):
         (checkpoint / "manifest.json").unlink()
-    go_on("finetune", run)
+    before = sorted(ended.rglob("*"))
+    message = refused("finetune", f"resume={ended}")
+    assert f"no checkpoint in {ended}/checkpoints is whole, of the newest, 300, it has no manifest.json; " in message
+    assert sorted(ended.rglob("*")) == before
+
+
+def test_without_any_checkpoint_a_run_starts_anew(ended, expected, capsys):
+    shutil.rmtree(ended / "checkpoints")
+    go_on("finetune", ended)
     assert "it starts anew from its configuration" in capsys.readouterr().out
-    assert outcome(run) == expected
+    assert outcome(ended) == expected
 
 
 # --- disks that are full
@@ -276,7 +290,7 @@ def full(*arguments: Any, **named: Any) -> None:
 
 @pytest.mark.parametrize("function", ["dppo.states.write_flushed", "dppo.durable.flush"])
 def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(
-    tune, expected, monkeypatch, tmp_path, function
+    tune, expected, monkeypatch, tmp_path, capsys, function
 ):
     run = tmp_path / "run"
     save = finetune.save_checkpoint
@@ -291,10 +305,9 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(finetune, "save_checkpoint", without_room)
     with pytest.raises(UserError) as caught:
         tune("run", "evaluation.interval=2")
-    assert f"the checkpoint {run}/checkpoints/240 could not be written: No space left on device; " in str(caught.value)
-    assert f"the last one is {run}/checkpoints/120; when that is mended, `dppo finetune resume={run}`" in str(
-        caught.value
-    )
+    assert str(caught.value) == f"the checkpoint {run}/checkpoints/240 could not be written: No space left on device"
+    told = f"the last checkpoint is {run}/checkpoints/120; `dppo finetune resume={run}` goes on from it"
+    assert capsys.readouterr().out.count(told) == 1
     assert not list(run.rglob("*.tmp"))
     monkeypatch.undo()
     go_on("finetune", run)
@@ -340,14 +353,8 @@ def test_what_is_no_run_of_the_command_is_refused(ended, refused, tmp_path):
 
 
 def test_a_run_that_is_running_is_refused(ended, refused):
-    run = ended
-    code = "import sys; from pathlib import Path; from dppo.output.run_directory import RunDirectory\n"
-    code += "with RunDirectory(Path(sys.argv[1])).held(): print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code, run], stdin=-1, stdout=-1) as other:
-        assert other.stdout is not None and other.stdin is not None
-        other.stdout.readline()
-        assert f"another process is at work in {run}" in refused("finetune", f"resume={run}", "env_steps=400")
-        other.stdin.close()
+    with RunDirectory(ended).held():
+        assert f"another process is at work in {ended}" in refused("finetune", f"resume={ended}", "env_steps=400")
 
 
 # --- processes that are killed
@@ -358,37 +365,6 @@ CARTPOLE = (
     *("rollout_steps=20", "algo.epochs=2", "evaluation.episodes=2", "checkpoint_interval=3", "logger=none"),
     *("video=false", "threads=1", "policy=categorical", "checkpoint=scratch"),
 )
-
-
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-m", "dppo.cli", "finetune", *arguments], **quiet)
-
-
-def rows_of(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for_rows(process: subprocess.Popen[bytes], run: Path, rows: int) -> None:
-    deadline = time.monotonic() + 120
-    while rows_of(run) < rows and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_a_run_that_is_killed_from_outside_ends_as_one_that_is_not(tmp_path):
-    assert main(["finetune", *CARTPOLE, f"run={tmp_path / 'whole'}"]) == 0
-    run = tmp_path / "run"
-    command = [*CARTPOLE, f"run={run}"]
-    for rows in (4, 11):
-        process = start(*command)
-        wait_for_rows(process, run, rows)
-        process.kill()
-        process.wait()
-        command = [f"resume={run}"]
-    assert main(["finetune", f"resume={run}"]) == 0
-    assert outcome(run) == outcome(tmp_path / "whole")
 
 
 def forked(arguments: list[str]) -> int:
@@ -404,6 +380,23 @@ def forked(arguments: list[str]) -> int:
         status = main(arguments)
     finally:
         os._exit(status)
+
+
+def rows_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_run_that_is_killed_from_outside_ends_as_one_that_is_not(tmp_path):
+    assert main(["finetune", *CARTPOLE, f"run={tmp_path / 'whole'}"]) == 0
+    run = tmp_path / "run"
+    process = forked(["finetune", *CARTPOLE, f"run={run}"])
+    while rows_of(run) < 5 and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert main(["finetune", f"resume={run}"]) == 0
+    assert outcome(run) == outcome(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -445,17 +438,21 @@ def test_fifty_kills_at_random_moments_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_end_saves_this_iteration_and_goes_on(tmp_path, number):
-    run = tmp_path / "run"
-    process = start(*CARTPOLE, f"run={run}", "env_steps=100_000", "checkpoint_interval=0", "evaluation.interval=0")
-    wait_for_rows(process, run, 3)
-    process.send_signal(number)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name}; all is saved, and `dppo finetune resume={run}` goes on" in told.decode()
-    latest = int(newest(run).name)
-    assert latest == read_metrics(run / "metrics.jsonl")[-1]["env_steps"], "nothing is lost"
-    assert go_on("finetune", run, f"env_steps={latest + 80}")["env_steps"] == latest + 80
+def test_a_run_that_is_told_to_end_saves_this_iteration_and_goes_on(tmp_path, monkeypatch, capsys, number):
+    run, iterate = tmp_path / "run", Trainer.iterate
+
+    def told_to_end(trainer: Trainer, *arguments: Any) -> Any:
+        if trainer.iteration == 3:
+            os.kill(os.getpid(), number)
+        return iterate(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "iterate", told_to_end)
+        assert main(["finetune", *CARTPOLE, f"run={run}", "checkpoint_interval=0"]) == 128 + number
+    said = capsys.readouterr().err
+    assert f"stopped by {number.name}; all is saved, and `dppo finetune resume={run}` goes on" in said
+    assert (newest(run).name, rows_of(run)) == ("320", 4), "nothing is lost"
+    assert go_on("finetune", run, "env_steps=400")["env_steps"] == 400
 
 
 def test_a_second_interruption_ends_at_once(tune, monkeypatch, tmp_path):

@@ -16,6 +16,8 @@ from dppo.comparison.recorded import read_recorded
 from dppo.comparison.report import write_report
 from dppo.comparison.results import POINTS, Result, Table, finished
 from dppo.comparison.running import run_all
+from dppo.locking import held
+from dppo.output.run_directory import HEADER
 from policies import UserError
 from policies.config import config_from_dict
 
@@ -43,7 +45,7 @@ def finish(run: PlannedRun, score: float, *, before: float = 10.0, steps: int = 
         "machine": {"cpu": "a processor", "cores": 4},
         "packages": dict.fromkeys(("torch", "gymnasium", "mujoco", "numpy"), "1.0"),
     }
-    run.directory.config_path.write_text(json.dumps({"provenance": provenance}))
+    run.directory.config_path.write_text(f"{HEADER}\n{json.dumps({'provenance': provenance})}")
 
 
 # --- the plan
@@ -177,6 +179,17 @@ def test_a_run_that_was_stopped_goes_on_and_one_with_other_settings_starts_anew(
         assert command.endswith(f"dppo.cli finetune resume='{path}' threads=2")
 
 
+def test_a_run_of_an_environment_of_the_users_own_goes_on(tmp_path, shell):
+    """Whose module the comparison names itself: what a run's files say does not count."""
+    shell(f'echo "$*" >> {tmp_path}/log')
+    choice = config(tasks=["cartpole"], seeds=[0], settings=["task.env_id=mine:CartPole-v1"])
+    (run, *_) = plan(choice, tmp_path / "out")
+    run.note_settings()
+    (run.path / "checkpoints" / "100").mkdir(parents=True)
+    run_all([run], processes=1, threads=1, extra=None, on_end=lambda *_: None)
+    assert (tmp_path / "log").read_text().endswith(f"resume='{run.path}' trust=mine threads=1\n")
+
+
 # --- the report
 
 
@@ -284,12 +297,9 @@ def test_dashes_mean_something_to_a_comparison_only(capsys):
     assert "`--` means nothing to dppo finetune" in capsys.readouterr().err
 
 
-def test_two_comparisons_do_not_share_a_directory(tmp_path):
-    at_work = pytest.raises(UserError, match="another `dppo compare` is at work in")
-    with running.only_one(tmp_path), at_work, running.only_one(tmp_path):
-        pass
-    with running.only_one(tmp_path):
-        pass
+def test_two_comparisons_do_not_share_a_directory(tmp_path, refused):
+    with held(tmp_path, "unused"):
+        assert f"another `dppo compare` is at work in {tmp_path}" in refused("compare", f"output={tmp_path}")
 
 
 def test_a_method_may_have_any_name_and_two_that_would_share_a_folder_are_refused(tmp_path):
@@ -320,8 +330,9 @@ def test_the_configuration_of_a_run_is_read_as_text(tmp_path, monkeypatch):
     (run, *_) = plan(config(), tmp_path)
     finish(run, 1.0)
     (result,) = finished([run])
-    run.directory.config_path.write_text("provenance: {git: '${oc.env:SECRET}', started: {_target_: os.getcwd}}")
+    text = "provenance: {git: '${oc.env:SECRET}', started: {_target_: os.getcwd}}"
+    run.directory.config_path.write_text(f"{HEADER}\n{text}")
     assert result.provenance == {"git": "${oc.env:SECRET}", "started": {"_target_": "os.getcwd"}}
-    run.directory.config_path.write_text("provenance: !!python/object/apply:os.getcwd []")
-    with pytest.raises(UserError, match=r"config.yaml cannot be read: .*python/object"):
+    run.directory.config_path.write_text(f"{HEADER}\nprovenance: !!python/object/apply:os.getcwd []")
+    with pytest.raises(UserError, match=r"config.yaml is damaged: .*python/object"):
         _ = result.provenance
