@@ -113,7 +113,7 @@ def load_demonstrations(task: Task, dataset: str | None, key: str = "dataset") -
         raise UserError(f"task {task.name} names no dataset of demonstrations; set {key}=...")
     same = "" if name == task.dataset else f" dataset={name}"
     spaces = demonstrable_spaces(task)
-    episodes = load_episodes(name, hint=f"build it with `dppo collect task={task.name}{same}`, and your --config-dir")
+    episodes = load_episodes(name, hint=f"build it with `dppo collect task={task.name}{same}`")
     check_dimensions(episodes, spaces.obs_dim, spaces.action_dim, spaces.discrete, dataset=f"dataset {name}")
     return episodes
 

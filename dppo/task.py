@@ -67,7 +67,7 @@ class Task:
             _import_environments(module, f"task {self.name}: env_id {self.env_id!r}")
         spec = gymnasium.registry.get(env_id)
         if spec is None:
-            raise UserError(f"task {self.name}: gymnasium has no environment {env_id!r}; {_suggestion(env_id)}")
+            raise UserError(f"task {self.name}: gymnasium has no environment {env_id!r}; {_suggestion(env_id, module)}")
         return spec
 
 
@@ -101,10 +101,11 @@ def permitted(task: Task, where: str, modules: Collection[str]) -> Task:
     return task
 
 
-def _suggestion(env_id: str) -> str:
+def _suggestion(env_id: str, module: str) -> str:
     near = difflib.get_close_matches(env_id, gymnasium.registry, n=3)
     if near:
-        return f"did you mean {' or '.join(near)}?"
+        prefix = f"{module}:" if module else ""
+        return f"did you mean {' or '.join(prefix + name for name in near)}?"
     return "an environment from another package is named with its module, e.g. gymnasium_robotics:PointMaze_UMaze-v3"
 
 
