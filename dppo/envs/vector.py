@@ -83,7 +83,7 @@ def make_plain_env(task: Task, *, render_mode: str | None = None) -> gymnasium.E
             spec, max_episode_steps=task.max_episode_steps, disable_env_checker=True, **rendering, **task.env_kwargs
         )
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if not task.env_kwargs or "argument" not in str(error):
             raise
         raise UserError(f"task {task.name}: {task.env_id} does not take these env_kwargs: {error}") from error
     except (ImportError, OSError, gymnasium.error.Error) as error:

@@ -81,7 +81,7 @@ def test_an_environment_like_no_other_gets_a_hint_about_modules():
 
 
 def test_a_misspelt_environment_of_a_module_gets_near_misses_from_that_module():
-    with pytest.raises(UserError, match=r"did you mean PointMaze_UMaze-v3"):
+    with pytest.raises(UserError, match=r"did you mean gymnasium_robotics:PointMaze_UMaze-v3"):
         make_env(Task("maze", "gymnasium_robotics:PointMaze_UMaz-v3"), history=1, chunk=1)
 
 
