@@ -42,5 +42,5 @@ def _told(policy: Any, config: Mapping[str, Any], output: Path) -> str:
     return (
         f"{config['source']} -> {output}: a {policy.type} policy ({c.network['type']}, {size:,} weights), observations "
         f"{c.history} x {c.obs_dim}, actions {c.chunk} x {c.action_dim}, {c.executed_chunk} of them executed, "
-        f"{policy.num_steps} steps to fine-tune"
+        f"{policy.num_steps} denoising steps"
     )
