@@ -114,7 +114,7 @@ def test_a_compiled_step_is_the_same(make_trainer, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     found = []
     for compile in (False, True):
-        trainer = make_trainer("diffusion", epochs=2, batch_size=7, compile=compile)
+        trainer = make_trainer("diffusion", {"type": "none"}, epochs=2, batch_size=7, compile=compile)
         found.append([trainer.iterate()["policy_loss"] for _ in range(2)])
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
