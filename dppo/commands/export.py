@@ -26,9 +26,10 @@ def run(config: Mapping[str, Any], overridden: Collection[str]) -> Path:
     if name not in FORMATS:
         raise UserError(f"unknown format {name!r}{near_misses(name, FORMATS)}; there are: {', '.join(FORMATS)}")
     output = _free_path(config, FORMATS[name])
-    source = find_policy(str(config["checkpoint"]))
+    named = str(config["checkpoint"])
+    source = find_policy(named)
     if is_foreign(source):
-        raise UserError(f"{source} is of another project; import it first: dppo import {source} output=...")
+        raise UserError(f"{named} is of another project; import it first: dppo import {named} output=...")
     policy, _ = load_policy(source)
     if config.get("sampler") is not None:
         policy = with_sampler(policy, config["sampler"])
