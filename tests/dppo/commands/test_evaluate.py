@@ -121,7 +121,7 @@ def test_a_task_in_a_checkpoint_names_no_path(refused, small_policy, tmp_path, n
     content = json.loads(path.read_text())
     content["metadata"]["task"]["name"] = name
     path.write_text(json.dumps({**content, "sha256": None}))
-    assert "a task's name becomes part of paths" in refused("evaluate", f"checkpoint={tmp_path / '1'}")
+    assert "a task's name becomes part of paths" in refused("evaluate", f"checkpoint={path.parent}")
 
 
 def test_an_environment_that_only_ever_returns_nan_is_given_up(refused, small_policy, tmp_path):
