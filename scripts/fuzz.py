@@ -53,8 +53,8 @@ def content_of(policy: Any) -> list[Any]:
     return [repr(policy.config), policy.metadata, *sorted(policy.state_dict().items())]
 
 
-def write_policy(directory: Path) -> None:
-    """A small diffusion policy."""
+def small_policy() -> Any:
+    """Of a diffusion."""
     import torch
 
     from policies import Policy
@@ -64,7 +64,12 @@ def write_policy(directory: Path) -> None:
     sizes = {"obs_dim": 3, "action_dim": 2, "chunk": 2, "denoising_steps": 4}
     policy = Policy.from_config({"type": "diffusion", **sizes, "network": network})
     policy.metadata["task"] = {"name": "hopper", "env_id": "Hopper-v5", "success_reward": 1.5}
-    policy.save_pretrained(directory)
+    return policy
+
+
+def write_policy(directory: Path) -> None:
+    """A policy alone."""
+    small_policy().save_pretrained(directory)
 
 
 def read_policy(directory: Path) -> list[Any]:
@@ -72,6 +77,32 @@ def read_policy(directory: Path) -> list[Any]:
     from policies import Policy
 
     return content_of(Policy.from_pretrained(directory))
+
+
+def write_checkpoint(directory: Path) -> None:
+    """A policy with a state of its training."""
+    import torch
+
+    from dppo.checkpoint import save_checkpoint
+    from dppo.task import Task
+
+    moments = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    state = {"optimizer": {"moments": moments, "steps": 3}, "seeds": np.arange(5), "notes": [1.5, None, "text"]}
+    save_checkpoint(directory / "100", small_policy(), Task("hopper", "Hopper-v5"), state)
+
+
+def read_checkpoint(directory: Path) -> list[Any]:
+    """The newest checkpoint of a run, as a run that goes on reads it."""
+    from dppo.checkpoint import POLICY, TRAINER, latest_checkpoint, load_policy
+    from dppo.states import read_state
+    from policies import UserError
+
+    path = latest_checkpoint(directory)
+    if path is None:
+        raise UserError("there is no whole checkpoint")
+    state = read_state(path / TRAINER)
+    optimizer = sorted(state.pop("optimizer").items())
+    return [*content_of(load_policy(path / POLICY)[0]), *optimizer, *sorted(state.items())]
 
 
 def write_dataset(directory: Path) -> None:
@@ -147,6 +178,7 @@ def read_original(directory: Path) -> list[Any]:
 
 KINDS = {
     "policy": Kind(write_policy, read_policy),
+    "checkpoint": Kind(write_checkpoint, read_checkpoint),
     "dataset": Kind(write_dataset, read_dataset),
     "dataset-without-checksums": Kind(write_plain_dataset, read_dataset),
     "lerobot": Kind(copied("lerobot_ddim"), read_lerobot),

@@ -17,7 +17,7 @@ for number in range(int(sys.argv[4]), int(sys.argv[5])):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["policy", "dataset", "lerobot", "diffusion_policy", "original"])
+@pytest.mark.parametrize("kind", ["policy", "checkpoint", "dataset", "lerobot", "diffusion_policy", "original"])
 def test_damaged_files_are_an_error_or_read(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", "")
     fuzz.KINDS[kind].write(tmp_path)
@@ -25,7 +25,7 @@ def test_damaged_files_are_an_error_or_read(kind, tmp_path, monkeypatch):
     found = [fuzz.read_damaged(fuzz.KINDS[kind], tmp_path, number, expected) for number in range(12)]
     assert [one for one in found if one["outcome"] == fuzz.EXCEPTION] == []
     assert any(one["outcome"] == fuzz.ERROR for one in found)
-    if kind in ("policy", "dataset"):
+    if kind in ("policy", "checkpoint", "dataset"):
         assert [one for one in found if one["outcome"] == fuzz.CHANGED] == []
 
 
