@@ -138,10 +138,10 @@ def _curves(table: Table) -> dict[str, list[Curve]]:
     """By task, one for each method that has runs of it."""
     curves: dict[str, list[Curve]] = {}
     for task in table.tasks:
-        edges = table.edges(task)
         for method in table.methods:
             results = table.of(task, method)
             if results:
+                edges = table.edges(task, method)
                 value, low, high = curve_ci95(np.stack([one.curve(edges) for one in results]))
                 curves.setdefault(task, []).append(Curve(method, edges[1:], value, low, high))
     return curves

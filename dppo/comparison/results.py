@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from dppo.comparison.plan import PlannedRun
 from dppo.output.metrics import read_metrics
 
 POINTS = 50
-"""Of a learning curve; each the mean of what was measured since the one before."""
+"""Of a learning curve, at most; each the mean of what was measured since the one before."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,17 @@ class Result:
         """Success rate of the last evaluation, where the task has such a notion."""
         return self.summary["after"]["success_rate"]
 
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of metrics of iterations in which episodes ended."""
+        return [row for row in read_metrics(self.run.directory.metrics_path) if row.get("return_mean") is not None]
+
     def curve(self, edges: np.ndarray) -> np.ndarray:
         """Mean training return [X] between each two edges [X + 1], in environment steps.
 
         Where no episode ended, the one before; before the first one, the first.
         """
-        rows = [
-            row
-            for row in read_metrics(self.run.directory.metrics_path)
-            if row.get("return_mean") is not None and row["env_steps"] <= edges[-1]
-        ]
+        rows = [row for row in self.rows if row["env_steps"] <= edges[-1]]
         if not rows:
             return np.full(len(edges) - 1, self.start)
         steps = np.array([row["env_steps"] for row in rows], dtype=float)
@@ -103,7 +105,8 @@ class Table:
         start = self.start(task)
         return max(abs(one.score - start) for one in self.results if one.run.task == task) or 1.0
 
-    def edges(self, task: str) -> np.ndarray:
-        """[POINTS + 1] environment steps from 0 to what every run reached."""
-        reached = min(float(one.summary["env_steps"]) for one in self.results if one.run.task == task)
-        return np.linspace(0, reached, POINTS + 1)
+    def edges(self, task: str, method: str) -> np.ndarray:
+        """[X + 1] environment steps from 0 to what every run of a method reached, with something measured between."""
+        results = self.of(task, method)
+        points = min(POINTS, *(len(one.rows) for one in results))
+        return np.linspace(0, min(float(one.summary["env_steps"]) for one in results), max(points, 1) + 1)

@@ -14,7 +14,7 @@ from dppo.comparison import running
 from dppo.comparison.plan import ComparisonConfig, PlannedRun, plan
 from dppo.comparison.recorded import read_recorded
 from dppo.comparison.report import write_report
-from dppo.comparison.results import POINTS, Result, Table, finished
+from dppo.comparison.results import Result, Table, finished
 from dppo.comparison.running import run_all
 from dppo.locking import held
 from dppo.output.run_directory import HEADER
@@ -32,10 +32,14 @@ def config(**changes) -> ComparisonConfig:
     return config_from_dict(ComparisonConfig, settings(**changes), "compare")
 
 
+ROWS = 10
+"""Of metrics of a run."""
+
+
 def finish(run: PlannedRun, score: float, *, before: float = 10.0, steps: int = 1000) -> None:
     run.note_settings()
     run.path.mkdir(parents=True)
-    rows = [{"env_steps": s, "return_mean": score * s / steps} for s in range(100, steps + 1, 100)]
+    rows = [{"env_steps": s, "return_mean": score * s / steps} for s in range(steps // ROWS, steps + 1, steps // ROWS)]
     run.directory.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ends = {key: {"return_mean": value, "success_rate": None} for key, value in (("before", before), ("after", score))}
     run.directory.summary_path.write_text(json.dumps({"env_steps": steps, "wall_clock_s": 60.0, **ends}))
@@ -251,7 +255,15 @@ def test_the_tables_hold_every_run_and_every_point(tmp_path):
         (task, method, seed) for task in ("cartpole", "hopper") for method in METHODS for seed in "01"
     }
     with (tmp_path / "curves.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 2 * 2 * POINTS
+        assert len(list(csv.DictReader(file))) == 2 * 2 * ROWS
+
+
+def test_the_curve_of_a_method_is_as_long_as_its_shortest_run_and_as_fine_as_what_was_measured(tmp_path):
+    for run in (runs := plan(config(tasks=["hopper"]), tmp_path)):
+        finish(run, 100.0, steps=1000 * (1 + run.seed) * (10 if run.method == "good" else 1))
+    table = Table(finished(runs), ["hopper"], METHODS)
+    np.testing.assert_allclose(table.edges("hopper", "good"), np.arange(ROWS + 1) * 1000.0)
+    np.testing.assert_allclose(table.edges("hopper", "bad"), np.arange(ROWS + 1) * 100.0)
 
 
 def test_a_curve_is_the_mean_of_what_was_measured_since_the_point_before(tmp_path):
