@@ -13,7 +13,7 @@ import time
 import gymnasium
 import numpy as np
 
-from policies import Policy
+from policies import Policy, UserError
 from policies.runner import ChunkRunner, plan_with
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,11 +22,14 @@ parser.add_argument("env_id", nargs="?", help="of Gymnasium; by default the one 
 parser.add_argument("--episodes", type=int, default=3)
 arguments = parser.parse_args()
 
-policy = Policy.from_pretrained(arguments.policy)
+try:
+    policy = Policy.from_pretrained(arguments.policy)
+except UserError as error:
+    parser.error(str(error))
 task = policy.metadata.get("task", {})
-env_id = arguments.env_id or task["env_id"]
-if not arguments.env_id and (":" in env_id or env_id.startswith("GymV")):
-    parser.error(f"the policy asks for {env_id}, which imports code; if you trust it, name it after the policy")
+env_id = arguments.env_id or task.get("env_id", "")
+if not arguments.env_id and (not env_id or ":" in env_id or env_id.startswith("GymV")):  # which import code
+    parser.error(f"the policy asks for the environment {env_id!r}; name the one to be run after the policy")
 steps = task.get("max_episode_steps")
 env = gymnasium.make(env_id, max_episode_steps=steps, **task.get("env_kwargs", {}))
 env = gymnasium.wrappers.FlattenObservation(env)

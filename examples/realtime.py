@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from policies import Policy
+from policies import Policy, UserError
 from policies.realtime import BackgroundRunner, Pace, Timed
 from policies.runner import plan_with
 
@@ -27,11 +27,14 @@ parser.add_argument("--steps", type=int, default=500)
 arguments = parser.parse_args()
 
 torch.set_num_threads(1)  # the other cores are for what moves the robot
-policy = Policy.from_pretrained(arguments.policy)
+try:
+    policy = Policy.from_pretrained(arguments.policy)
+except UserError as error:
+    parser.error(str(error))
 task, history = policy.metadata.get("task", {}), policy.config.history
-env_id = arguments.env_id or task["env_id"]
-if not arguments.env_id and (":" in env_id or env_id.startswith("GymV")):
-    parser.error(f"the policy asks for {env_id}, which imports code; if you trust it, name it after the policy")
+env_id = arguments.env_id or task.get("env_id", "")
+if not arguments.env_id and (not env_id or ":" in env_id or env_id.startswith("GymV")):  # which import code
+    parser.error(f"the policy asks for the environment {env_id!r}; name the one to be run after the policy")
 steps = task.get("max_episode_steps")
 env = gymnasium.make(env_id, max_episode_steps=steps, **task.get("env_kwargs", {}))
 env = gymnasium.wrappers.FlattenObservation(env)

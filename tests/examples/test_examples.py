@@ -53,5 +53,5 @@ def test_no_module_is_imported_because_a_policy_says_so(pendulum: Path, example:
     policy.save_pretrained(pendulum)
     refused = ran(example, pendulum)
     assert refused.returncode == 2
-    assert "asks for no_such_module:Pendulum-v1, which imports code" in refused.stderr
+    assert "asks for the environment 'no_such_module:Pendulum-v1'; name the one to be run" in refused.stderr
     assert ran(example, pendulum, "no_such_module:Pendulum-v1").returncode == 1, "named, it is imported"
