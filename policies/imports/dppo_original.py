@@ -400,7 +400,8 @@ def _agree(name: str, said: int | None, found: int, path: Path) -> None:
 def _needed(value: Any, name: str, path: Path) -> Any:
     if value is None:
         raise UserError(
-            f"{path} does not say its {name}: name the original's YAML, foreign.settings=..., or say it, "
+            f"{path} does not say its {name}, nor do any settings that were given: name the original's YAML, "
+            f"foreign.settings=..., or say it, "
             f"foreign.given={{{name}: ...}}"
         )
     return value
