@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        print(f"error: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
+        what = f"{error.filename or 'a file'} could not be written: {error.strerror}"
+        print(f"error: {what}; make room, and a run goes on from its last checkpoint with resume=...", file=sys.stderr)
         return USER_ERROR_STATUS
 
 

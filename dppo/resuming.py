@@ -21,7 +21,7 @@ from dppo.states import STATE_NAME, check_state, read_state
 from dppo.statistics import EvaluationSummary
 from dppo.task import Task, permitted
 from policies import Policy, UserError
-from policies.config import config_from_dict, near_misses
+from policies.config import config_from_dict
 
 _ALWAYS = ("checkpoint_interval", "checkpoint_minutes", "keep_checkpoints", "evaluation.interval")
 CHANGEABLE = {
@@ -111,7 +111,7 @@ def resumed_run(
         if key not in CHANGEABLE[command] and key.split(".")[0] != "logger":
             raise UserError(
                 f"{key} cannot be changed in a run that goes on: it has its configuration from "
-                f"{directory.config_path}{near_misses(key, CHANGEABLE[command])}; what can be changed are: "
+                f"{directory.config_path}; what can be changed are: "
                 f"{', '.join(CHANGEABLE[command])}"
             )
     held.enter_context(directory.held())

@@ -98,7 +98,10 @@ class RunDirectory:
 
     def _read_content(self) -> dict[str, Any]:
         if not self._is_ours():
-            raise UserError(f"{self.path} is no run of dppo: there is no {self.config_path.name} of it")
+            run = self.path.parent.parent
+            hint = f"; it is a checkpoint of the run {run}" if self.path.parent.name == "checkpoints" else ""
+            what = f"has no {self.config_path.name} of it" if self.path.exists() else "does not exist"
+            raise UserError(f"{self.path} is no run of dppo: it {what}{hint}")
         try:
             content = OmegaConf.to_container(OmegaConf.load(self.config_path))
         except Exception as error:  # YAML's and OmegaConf's own kinds
