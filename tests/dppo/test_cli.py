@@ -156,7 +156,8 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(refused: Refused, monkeypatc
         raise OSError(number, os.strerror(number), "here/plot.png")
 
     monkeypatch.setattr(cli, "_run", fail)
-    assert refused("finetune") == f"error: here/plot.png could not be written: {os.strerror(number)}"
+    message = refused("finetune")
+    assert message.startswith(f"error: here/plot.png could not be written: {os.strerror(number)}; make room")
 
 
 def test_another_error_of_the_system_keeps_its_traceback(monkeypatch):
