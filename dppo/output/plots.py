@@ -161,7 +161,7 @@ def _panels(path: Path, title: str, *, count: int) -> Iterator[list[Axes]]:
             for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
                 legend.setdefault(label, handle)
         if legend:
-            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend))
+            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 3 * count))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
