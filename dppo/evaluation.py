@@ -13,7 +13,7 @@ import torch
 
 from dppo.envs.stepper import Stepper
 from dppo.envs.vector import make_vector_env
-from dppo.output.report import bar
+from dppo.output.progress import bar
 from dppo.rollout import Actor, EpisodeResult
 from dppo.statistics import EvaluationSummary, summarize
 from dppo.task import Task

@@ -19,7 +19,8 @@ from dppo.envs.maze import WaypointController
 from dppo.envs.vector import make_plain_env
 from dppo.output.evidence import evidence_kept
 from dppo.output.metrics import MetricsLogger
-from dppo.output.report import Progress, final_table
+from dppo.output.progress import Progress
+from dppo.output.report import final_table
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.run_setup import build_sinks, open_run, prepare_device
 from dppo.statistics import summarize

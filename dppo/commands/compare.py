@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from dppo.comparison.report import write_report
 from dppo.comparison.results import Result, Table, finished
 from dppo.comparison.running import run_all
 from dppo.locking import held
-from dppo.output.report import bar, duration, number
+from dppo.output.progress import bar
+from dppo.output.report import duration, number
 from dppo.output.run_directory import command_line
 from dppo.processors import usable_processors
 from policies.config import config_from_dict
 from policies.errors import UserError
 
 COMPARISONS = Path("comparisons")
+LOOK_EVERY_S = 5.0
+"""Between two looks at how far the runs are."""
 
 
 def run(
@@ -77,16 +81,42 @@ def _run_missing(
     if not waiting:
         return []
     with bar("running", len(waiting)) as advance:
+        shares = Shares(advance)
 
         def ended(run: PlannedRun, status: int, seconds: float) -> None:
-            advance(1)
+            shares.end(run)
             print(_line(run, status, seconds), flush=True)
 
+        told: dict[str, Any] = {"on_end": ended, "on_wait": shares.look}
         try:
-            return run_all(waiting, processes=processes, threads=threads, extra=extra, on_end=ended)
+            return run_all(waiting, processes=processes, threads=threads, extra=extra, **told)
         except BaseException:
             print("stopped; runs are kept as they are, and the same command goes on with them", flush=True)
             raise
+
+
+class Shares:
+    """How far the runs are, on a bar with one step for each of them."""
+
+    def __init__(self, advance: Callable[[float], None]) -> None:
+        self._advance = advance
+        self._shown: dict[PlannedRun, float] = {}
+        self.next_look = time.monotonic() + LOOK_EVERY_S
+
+    def look(self, running: Collection[PlannedRun]) -> None:
+        """Show how far those are that go on, if that was not done just now."""
+        if time.monotonic() >= self.next_look:
+            self.next_look = time.monotonic() + LOOK_EVERY_S
+            for run in running:
+                self._show(run, run.share)
+
+    def end(self, run: PlannedRun) -> None:
+        """One has ended, in whatever way."""
+        self._show(run, 1.0)
+
+    def _show(self, run: PlannedRun, share: float) -> None:
+        self._advance(share - self._shown.get(run, 0.0))
+        self._shown[run] = share
 
 
 def _line(run: PlannedRun, status: int, seconds: float) -> str:

@@ -24,7 +24,8 @@ from dppo.evaluation import evaluate_with_progress, evaluation_settings
 from dppo.output.evidence import evidence_kept
 from dppo.output.metrics import MetricsLogger, read_metrics
 from dppo.output.plots import learning_curve
-from dppo.output.report import Progress, bar, final_table
+from dppo.output.progress import Progress, bar
+from dppo.output.report import final_table
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.output.video import record_video
 from dppo.randomness import seed_shared

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dppo.checkpoint import checkpoints_in
 from dppo.configuration import compose_config, options
+from dppo.output.metrics import last_row
 from dppo.output.run_directory import RunDirectory, write_json
 from dppo.task import Task, trust_of
 from policies.config import config_from_dict, near_misses
@@ -98,6 +100,14 @@ class PlannedRun:
         """The summary of a finished run, else None."""
         content = self.directory.read_summary()
         return None if content is None or content.get("after") is None else content
+
+    @property
+    def share(self) -> float:
+        """Of its training that is done, from 0 to 1."""
+        row = last_row(self.directory.metrics_path)
+        with suppress(UserError):  # it is just being overwritten
+            return 0.0 if row is None else min(row["env_steps"] / self.directory.read_config()["env_steps"], 1.0)
+        return 0.0
 
     def note_settings(self) -> None:
         """Remember what is asked for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ def run_all(
     threads: int,
     extra: Path | None,
     on_end: Callable[[PlannedRun, int, float], None],
+    on_wait: Callable[[Collection[PlannedRun]], None],
 ) -> list[PlannedRun]:
     """Run them; those that failed.
 
@@ -32,6 +33,7 @@ def run_all(
         threads: of each.
         extra: a directory with more choices, as of `compose_config`.
         on_end: hears of each run that ended, its exit status, and the seconds that it took.
+        on_wait: hears now and then which runs are going on.
     """
     waiting, failed = list(runs), []
     running: dict[PlannedRun, tuple[subprocess.Popen[bytes], float]] = {}
@@ -41,6 +43,7 @@ def run_all(
                 run = waiting.pop(0)
                 running[run] = _start(run, threads, extra), time.perf_counter()
             time.sleep(POLL_S)
+            on_wait(running)
             for run, (process, began) in list(running.items()):
                 status = process.poll()
                 if status is not None:

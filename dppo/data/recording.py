@@ -14,7 +14,7 @@ from minari import MinariDataset
 from minari.data_collector import EpisodeBuffer
 
 from dppo.data import minari_store
-from dppo.output.report import bar
+from dppo.output.progress import bar
 from policies.errors import UserError
 
 STEPS_IN_MEMORY = 50_000

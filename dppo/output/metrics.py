@@ -17,6 +17,10 @@ Row = Mapping[str, float | int | None]
 """One iteration's metrics by name; None (and NaN) where there is nothing to report."""
 
 
+LONGEST_ROW = 2**16
+"""Bytes; far more than a row has."""
+
+
 class Sink(Protocol):
     """Somewhere else that rows go."""
 
@@ -127,6 +131,17 @@ def cut_back(path: Path, x_axis: str, done: int) -> None:
         return
     kept = [row for row in read_metrics(path) if row.get(x_axis, 0) <= done]
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a ``metrics.jsonl``, whatever its size; None where there is none yet."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - LONGEST_ROW, 0))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    return next((json.loads(line) for line in reversed(lines[:-1]) if line.startswith(b"{")), None)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

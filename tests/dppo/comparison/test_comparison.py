@@ -5,11 +5,13 @@ import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dppo.cli import main
+from dppo.commands.compare import Shares
 from dppo.comparison import running
 from dppo.comparison.plan import ComparisonConfig, PlannedRun, plan
 from dppo.comparison.recorded import read_recorded
@@ -31,6 +33,13 @@ def settings(**changes) -> dict:
 def config(**changes) -> ComparisonConfig:
     return config_from_dict(ComparisonConfig, settings(**changes), "compare")
 
+
+def nothing(*_: object) -> None:
+    pass
+
+
+SILENTLY: dict[str, Any] = {"extra": None, "on_end": nothing, "on_wait": nothing}
+"""Runs without anybody who hears of them."""
 
 ROWS = 10
 """Of metrics of a run."""
@@ -140,9 +149,8 @@ def test_no_more_runs_go_at_a_time_than_allowed_and_the_failed_ones_are_named(tm
     shell(f'echo start >> {tmp_path}/log; sleep 0.3; echo end >> {tmp_path}/log; case "$*" in *seed=1*) exit 3;; esac')
     ended = []
     runs = plan(config(tasks=["cartpole"]), tmp_path / "out")
-    failed = run_all(
-        runs, processes=2, threads=1, extra=None, on_end=lambda run, status, _: ended.append((run, status))
-    )
+    hear = {**SILENTLY, "on_end": lambda run, status, _: ended.append((run, status))}
+    failed = run_all(runs, processes=2, threads=1, **hear)
     assert {run.seed for run in failed} == {1}
     assert len(failed) == 2
     assert {status for run, status in ended if run.seed == 1} == {3}
@@ -164,7 +172,7 @@ def test_what_runs_is_stopped_when_the_comparison_is(tmp_path, shell):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "time", SimpleNamespace(**vars(time) | {"sleep": poll}))
         with pytest.raises(KeyboardInterrupt):
-            run_all(plan(config(), tmp_path / "out"), processes=2, threads=1, extra=None, on_end=lambda *_: None)
+            run_all(plan(config(), tmp_path / "out"), processes=2, threads=1, **SILENTLY)
     assert (tmp_path / "log").read_text().count("saved") == 2
 
 
@@ -172,9 +180,9 @@ def test_a_run_that_was_stopped_goes_on_and_one_with_other_settings_starts_anew(
     shell(f'echo "$*" >> {tmp_path}/log')
     for overrides in ([], ["env_steps=5"]):
         runs = plan(config(tasks=["cartpole"], seeds=[0]), tmp_path / "out", overrides)[:1]
-        run_all(runs, processes=1, threads=1, extra=None, on_end=lambda *_: None)
+        run_all(runs, processes=1, threads=1, **SILENTLY)
         (runs[0].path / "checkpoints" / "100").mkdir(parents=True, exist_ok=True)
-        run_all(runs, processes=1, threads=2, extra=None, on_end=lambda *_: None)
+        run_all(runs, processes=1, threads=2, **SILENTLY)
     path = runs[0].path
     fresh, gone_on, other, gone_on_again = (tmp_path / "log").read_text().splitlines()
     assert f"task=cartpole algo=ppo seed=0 run='{path}' overwrite=true threads=1" in fresh
@@ -190,8 +198,32 @@ def test_a_run_of_an_environment_of_the_users_own_goes_on(tmp_path, shell):
     (run, *_) = plan(choice, tmp_path / "out")
     run.note_settings()
     (run.path / "checkpoints" / "100").mkdir(parents=True)
-    run_all([run], processes=1, threads=1, extra=None, on_end=lambda *_: None)
+    run_all([run], processes=1, threads=1, **SILENTLY)
     assert (tmp_path / "log").read_text().endswith(f"resume='{run.path}' trust=mine threads=1\n")
+
+
+def test_how_far_the_runs_are_is_seen_while_they_go_on(tmp_path):
+    runs = plan(config(seeds=[0, 1]), tmp_path)
+    for run, steps in zip(runs[:2], (250, 2000), strict=True):
+        run.path.mkdir(parents=True)
+        run.directory.config_path.write_text(f"{HEADER}\nenv_steps: 1000\n")
+        rows = [{"env_steps": 1}, {"env_steps": steps}]
+        run.directory.metrics_path.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"env_st')
+    (runs[2].path).mkdir(parents=True)  # just begun: nothing is written yet
+    assert [run.share for run in runs[:4]] == [0.25, 1.0, 0.0, 0.0]
+
+    moves = []
+    shares = Shares(moves.append)
+    shares.look(runs[:3])
+    assert moves == [], "the first look comes a while after the start"
+    shares.next_look = 0.0
+    shares.look(runs[:3])
+    shares.look(runs[:3])
+    assert sum(moves) == 1.25
+    assert len(moves) == 3, "the second look came too early"
+    shares.end(runs[0])
+    shares.end(runs[3])
+    assert sum(moves) == 3.0
 
 
 # --- the report

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dppo.output.metrics import MetricsLogger, TensorBoardSink, WandbSink, read_metrics
+from dppo.output.metrics import LONGEST_ROW, MetricsLogger, TensorBoardSink, WandbSink, last_row, read_metrics
 from dppo.output.run_directory import RunDirectory
 from policies.errors import UserError
 
@@ -55,6 +55,19 @@ def test_a_damaged_line_in_the_middle_is_named(run):
     run.metrics_path.write_text('{"iteration": 1}\n{"iterat\n{"iteration": 3}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(run.metrics_path)
+
+
+def test_the_last_row_is_the_last_whole_one_however_long_the_file_is(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_row(path) is None
+    path.write_text('{"n": 0')
+    assert last_row(path) is None
+    with path.open("w") as file:
+        file.writelines(json.dumps({"n": n, "text": "x" * 100}) + "\n" for n in range(2 * LONGEST_ROW // 100))
+        file.write('{"n": ')
+    found = last_row(path)
+    assert found is not None
+    assert found["n"] == 2 * LONGEST_ROW // 100 - 1
 
 
 def test_metrics_that_are_not_there_are_one_clear_line(run):
