@@ -19,8 +19,6 @@ class UpdateConfig:
     gamma: float = 0.99
     """Discount per chunk."""
     gae_lambda: float = 0.95
-    inner_gamma: float = 0.99
-    """Discount per inner step ("denoising discount"); says nothing where K = 1."""
     reward_scaling: bool = True
     """Divide rewards by the running deviation of the discounted return."""
     normalize_advantages: bool = True
@@ -52,7 +50,7 @@ class UpdateConfig:
     """Compile Adam's steps with `torch.compile`: faster for small networks, after some seconds at the start."""
 
     def __post_init__(self) -> None:
-        self.check_shares("gamma", "gae_lambda", "inner_gamma", "final_learning_rate_share")
+        self.check_shares("gamma", "gae_lambda", "final_learning_rate_share")
         if self.advantage_quantiles is not None:
             low, high = self.advantage_quantiles
             if not 0 <= low < high <= 1:

@@ -16,6 +16,8 @@ from dppo.updates.surrogate import ClippedRatio, LogLikelihood, MaskedRatio, Pen
 class FirstOrderConfig(UpdateConfig):
     """Settings of `first_order.FirstOrder` with the policy gradient itself as surrogate: VPG and A2C."""
 
+    inner_gamma: float = 0.99
+    """Discount per inner step ("denoising discount"); says nothing where K = 1."""
     epochs: int = 1
     """Passes over the rollout."""
     batch_size: int | None = None
@@ -39,6 +41,7 @@ class FirstOrderConfig(UpdateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_shares("inner_gamma")
         self.check_at_least_one("epochs", "batch_size", "inner_steps")
         self.check_not_negative("learning_rate", "entropy_coefficient")
         self.check_positive("target_kl")

@@ -41,6 +41,8 @@ again for each of its products; some tens of MiB at most, with small networks.""
 class NaturalConfig(UpdateConfig):
     """Settings of `NaturalGradient` without a line search: NPG."""
 
+    inner_gamma: float = 0.99
+    """Discount per inner step ("denoising discount"); says nothing where K = 1."""
     critic_epochs: int | None = 10
     critic_batch_size: int | None = 256
     max_kl: float = 0.01
@@ -57,7 +59,7 @@ class NaturalConfig(UpdateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("max_kl", "fisher_share")
-        self.check_shares("fisher_share")
+        self.check_shares("inner_gamma", "fisher_share")
         self.check_at_least_one("iterations")
         self.check_not_negative("damping", "tolerance")
         if self.critic_epochs is None or self.critic_batch_size is None:
