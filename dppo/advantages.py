@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6
+"""Relative to their size, how far sums of float32 may lie apart and be the same."""
+
 
 def gae(
     rewards: Tensor,
@@ -65,11 +68,13 @@ def normalized(advantages: Tensor) -> Tensor:
 def group_advantages(returns: Tensor, size: int, known: Tensor) -> Tensor:
     """[N]: returns of episodes, `normalized` in each consecutive group of so many (Shao et al. 2024, section 4.1.2).
 
-    Those that are not ``known`` [N] are neither counted nor told anything: theirs are 0.
+    Those that are not ``known`` [N] are neither counted nor told anything: theirs are 0. So are those of a group whose
+    returns are equal but for rounding.
     """
     advantages = torch.zeros_like(returns)
     for group, own, kept in zip(advantages.split(size), returns.split(size), known.split(size), strict=True):
-        group[kept] = normalized(own[kept])
+        if kept.any() and (own[kept] - own[kept][0]).abs().max() > ROUNDING * own[kept].abs().max():
+            group[kept] = normalized(own[kept])
     return advantages
 
 

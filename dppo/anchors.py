@@ -67,8 +67,8 @@ class KLPenalty(ExtraLoss):
         if divergences is not None:
             return divergences
         # Without a closed form: r log(new / first) of what was sampled, whose mean and gradient are those of the KL.
-        new, old = (log_prob_factors(law, scored.pairs.following) for law in (scored.law, first))
-        return ratio_of(scored.log_ratios) * log_ratio(new, old, "sum", executed=executed)
+        old = log_prob_factors(first, scored.pairs.following)
+        return ratio_of(scored.log_ratios) * log_ratio(scored.factors, old, "sum", executed=executed)
 
 
 class Imitation(ExtraLoss):

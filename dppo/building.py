@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from dppo.updates.rules import CONFIGS
 from policies import DiffusionPolicy, ODEPolicy, Policy, UserError
 from policies.config import config_from_dict, near_misses
 from policies.samplers import Sampler
+
+log = logging.getLogger(__name__)
 
 Plain = Mapping[str, Any]
 PARTS = ("network", "sampler")
@@ -62,6 +65,7 @@ def build_policy(config: Plain, spaces: Spaces, **changes: Any) -> Policy:
         sizes |= {"choices": spaces.choices, "masked": spaces.masked}
     parts = {name: config[name] for name in PARTS if config.get(name) is not None}
     policy = Policy.from_config({**config["policy"], **sizes, **parts, **changes})
+    _warn_of_a_late_start(policy)
     check_spaces(policy, spaces, "this configuration", config["task"]["name"])
     return policy
 
@@ -98,7 +102,7 @@ def build_anchor(config: Plain, policy: Policy, task: Task) -> Anchor | None:
         kinds = {"imitation": Imitation, "kl": KLPenalty, "kl_reward": KLReward}
         return kinds[name](settings.coefficient, policy)
     episodes = load_demonstrations(task, settings.dataset, "anchor.dataset")
-    windows = WindowDataset(episodes, policy.config.history, policy.config.chunk)
+    windows = WindowDataset(episodes, policy.config.history, policy.config.chunk, policy.config.first_executed)
     return Replay(settings.coefficient, policy, windows.to(next(policy.parameters()).device))
 
 
@@ -257,4 +261,20 @@ def with_sampler(policy: Policy, settings: Plain) -> Policy:
     """
     if not isinstance(policy, DiffusionPolicy):
         raise UserError(f"a {policy.type} policy has no sampler; leave sampler=... out")
-    return policy.with_sampler(config_from_dict(Sampler, settings, "sampler"))
+    changed = policy.with_sampler(config_from_dict(Sampler, settings, "sampler"))
+    _warn_of_a_late_start(changed)
+    return changed
+
+
+def _warn_of_a_late_start(policy: Policy) -> None:
+    """Steps that do not divide the timesteps leave the noisiest of them out, and yet begin with pure noise."""
+    if not isinstance(policy, DiffusionPolicy):
+        return
+    steps, timesteps = len(policy.timesteps), policy.config.denoising_steps
+    if timesteps % steps:
+        whole = [number for number in range(1, timesteps + 1) if timesteps % number == 0]
+        fewer, more = max(n for n in whole if n < steps), min(n for n in whole if n > steps)
+        log.warning(
+            f"sampler.steps={steps} does not divide policy.denoising_steps={timesteps}: the chain begins at timestep "
+            f"{policy.timesteps[-1]} of {timesteps - 1}, with noise that belongs to the last; better {fewer} or {more}"
+        )

@@ -183,7 +183,8 @@ class GAE:
     def estimate(self, rollout: Rollout, values: Values | None) -> Estimate:
         """Over the two layers unrolled: each inner step is followed by the next at once and without a reward.
 
-        With a critic of observations that is a chain of one step, and GAE as ever.
+        With a critic of observations that is a chain of one step, and GAE as ever. With one of inner steps, lambda is
+        spread over the L steps of a chain, so that from action to action it is what it would be without them.
         """
         assert values is not None
         rewards, discounts = self.discounting(rollout)
@@ -202,7 +203,7 @@ class GAE:
             unrolled(rollout.terminated, False),
             unrolled(rollout.truncated, False),
             gamma=unrolled(discounts, 1.0),
-            gae_lambda=self.gae_lambda,
+            gae_lambda=self.gae_lambda ** (1 / layers),
             valid=None if rollout.valid.all() else unrolled(rollout.valid, rollout.valid[..., None]),
         )
         advantages, returns = (column.unflatten(0, (-1, layers)).transpose(1, 2) for column in found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from dppo.task import Task
 from dppo.updates.batch import Batch
 from dppo.updates.config import UpdateConfig
 from dppo.updates.extra import ExtraLoss
+from dppo.updates.first_order_config import FirstOrderConfig
 from dppo.updates.rules import make_update_rule
 from policies import DiffusionPolicy, Policy, UserError
 
@@ -91,12 +92,12 @@ class Trainer:
             self.critic = self.critic.to(device)
         if config.anneal.finetuned_steps is not None and (isinstance(self.critic, LatentCritic) or anchor is not None):
             raise UserError(
-                "anneal.finetuned_steps goes with neither critic=latent nor anchor=..., which count inner steps"
+                "anneal.finetuned_steps makes other policies on the way; critic=latent and anchor=... do not follow"
             )
         self.anchor = anchor
         extras = [anchor] if isinstance(anchor, ExtraLoss) else []
         generator = torch.Generator(device).manual_seed(seeds[1])
-        self.update_rule = make_update_rule(algo, policy, self.critic, generator, extras)
+        self.update_rule = make_update_rule(self._algo_for(policy), policy, self.critic, generator, extras)
         self.estimator = make_estimator(advantage or GAEConfig(), algo, policy, self.critic, config.num_envs, seeds[4])
         env = make_vector_env(
             task,
@@ -110,6 +111,8 @@ class Trainer:
         )
         self.actor.reset(seeds[3])
         self.storage = Storage.of(policy, config.rollout_steps, config.num_envs)
+        if self.storage.log_prob_factors.dim() == 3 and isinstance(algo, FirstOrderConfig):
+            algo.check_that_factors_are_not_needed(policy.type)
         self.iteration = 0
         self.env_steps = 0
         self.wall_clock_s = 0.0
@@ -179,9 +182,16 @@ class Trainer:
         learned, generator = self.update_rule.state_dict(), self.update_rule.generator
         self.policy = self.policy.with_fewer_finetuned_steps(steps)
         self.config.anneal.apply(self.policy, self.progress)
-        self.update_rule = make_update_rule(self.algo, self.policy, self.critic, generator)
+        self.update_rule = make_update_rule(self._algo_for(self.policy), self.policy, self.critic, generator)
         self.update_rule.load_state_dict(learned)
         self.storage = Storage.of(self.policy, self.config.rollout_steps, self.config.num_envs)
+
+    def _algo_for(self, policy: Policy) -> UpdateConfig:
+        """The rule's settings; of a policy whose inner steps become fewer, it learns from no more than there are."""
+        algo = self.algo
+        if self.config.anneal.finetuned_steps is None or not isinstance(algo, FirstOrderConfig) or not algo.inner_steps:
+            return algo
+        return replace(algo, inner_steps=min(algo.inner_steps, policy.num_steps))
 
     def _batch(self, rollout: Rollout, values: Values | None) -> Batch:
         estimate = self.estimator.estimate(rollout, values)

@@ -176,10 +176,10 @@ class DiffusionPolicy(Policy, type="diffusion"):
             )
         if other.frozen is None:
             weights = {name: weight for name, weight in weights.items() if not name.startswith("frozen.")}
-        others = other.state_dict()
-        eta = {name: others[name] for name in others if name.startswith("eta.")}
-        kept = {name: weight for name, weight in weights.items() if not name.startswith("eta.") or name in eta}
-        return {**eta, **kept}
+        if _eta_settings(self.config.sampler) == _eta_settings(other.config.sampler):
+            return weights
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("eta.")}
+        return weights | {name: weight for name, weight in other.state_dict().items() if name.startswith("eta.")}
 
     # --- acting --------------------------------------------------------------------------------------------------
 
@@ -301,6 +301,11 @@ def _at_least(floor: float, std: Any) -> Any:
 def _frozen(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The trained network's weights, as a frozen copy of it names them."""
     return {name.replace("network.", "frozen.", 1): w for name, w in weights.items() if name.startswith("network.")}
+
+
+def _eta_settings(sampler: Sampler) -> tuple[Any, ...]:
+    """What a learned eta begins with and means; where that is changed, it begins anew."""
+    return (sampler.learned_eta, sampler.eta, sampler.eta_range) if sampler.learned_eta else ()
 
 
 def _timesteps(sampler: Sampler, num_timesteps: int) -> range:

@@ -89,4 +89,6 @@ def settings_of_scheduler(scheduler: DDPMScheduler | DDIMScheduler | Mapping[str
     if isinstance(scheduler, Mapping):
         return scheduler_settings(str(scheduler.get("_class_name")), scheduler, None, "scheduler_config.json")
     name = type(scheduler).__name__
+    if getattr(scheduler, "custom_timesteps", False):
+        raise UserError(f"{name}: timesteps of one's own choice are not supported; set a number of steps")
     return scheduler_settings(name, scheduler.config, scheduler.num_inference_steps, name)

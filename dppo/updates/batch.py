@@ -218,8 +218,10 @@ class PairOrder:
         rows, steps = len(batch), batch.num_steps
         if not self.whole_chains and self.inner_steps is None:
             return partition(rows * steps, count, generator)
-        noise = torch.rand(rows, steps, generator=generator, device=generator.device)
-        chosen = noise.argsort(1)[:, : self.inner_steps]  # [M, m]
+        chosen = torch.arange(steps, device=generator.device)
+        if self.inner_steps is not None:
+            noise = torch.rand(rows, steps, generator=generator, device=generator.device)
+            chosen = noise.argsort(1)[:, : self.inner_steps]  # [M, m]
         pairs = steps * torch.arange(rows, device=chosen.device)[:, None] + chosen
         if not self.whole_chains:
             pairs = pairs.flatten()

@@ -62,7 +62,7 @@ class CriticFit:
         self.optimizer.learning_rate = learning_rate_factor * self.config.critic_learning_rate
         size = self.config.critic_batch_size
         rows = batch.num_targets
-        count = minibatches_per_epoch if size is None else math.ceil(rows / size)
+        count = minibatches_per_epoch if size is None else math.ceil(len(batch) / size)
         losses: list[Tensor] = []
         for _ in range(self.config.critic_epochs or epochs):
             for targets in minibatches(batch.targets, partition(rows, min(count, rows), self.generator)):

@@ -23,6 +23,8 @@ class Scored:
     pairs: Pairs
     law: Distribution
     """Of the next latents, batch shape [B]."""
+    factors: Tensor
+    """[B, *F], log-likelihood factors of what was sampled."""
     log_ratios: Tensor
     """[B], log pi_new / pi_old."""
     log_likelihoods: Callable[[Distribution, Tensor], Tensor]

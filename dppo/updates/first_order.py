@@ -92,25 +92,17 @@ class FirstOrder:
         with computing_in(self.config.precision, pairs.obs.device):
             law = self.policy.transition(pairs.obs, pairs.latent, pairs.step)
             old = None if self.old is None else self.old.law(pairs)
+        config, executed = self.config, self.policy.config.executed_part
         factors = log_prob_factors(law, pairs.following)
-        log_ratios = log_ratio(
-            factors,
-            pairs.log_prob_factors,
-            self.config.log_ratio,
-            self.config.log_prob_clamp,
-            self.policy.config.executed_part,
-        )
-        executed = self.policy.config.executed_part
+        log_ratios = log_ratio(factors, pairs.log_prob_factors, config.log_ratio, config.log_prob_clamp, executed)
         divergences = None if old is None else divergence_terms(old, law, log_ratios, executed)
         losses, *known = self.surrogate.rows(log_ratios, pairs.advantages, pairs.step, divergences)
-        if self.config.entropy_coefficient > 0:
-            losses = losses - self.config.entropy_coefficient * entropy_terms(
-                law, factors, log_ratios, self.policy.config.executed_part
-            )
+        if config.entropy_coefficient > 0:
+            losses = losses - config.entropy_coefficient * entropy_terms(law, factors, log_ratios, executed)
         if self.extras:
             known.append(losses)
-            scored = Scored(pairs, law, log_ratios, self.log_likelihoods)
-            with computing_in(self.config.precision, pairs.obs.device):
+            scored = Scored(pairs, law, factors, log_ratios, self.log_likelihoods)
+            with computing_in(config.precision, pairs.obs.device):
                 terms = [extra.losses(self.policy, scored) for extra in self.extras]
             known += terms
             losses = sum((extra.coefficient * term for extra, term in zip(self.extras, terms, strict=True)), losses)
@@ -155,7 +147,11 @@ class FirstOrder:
                 metrics["approx_kl"] = None  # it is that before the only step, where nothing has changed yet
         if self.critic_fit is not None:
             metrics |= self.critic_fit.fit(
-                batch, epochs=config.epochs, minibatches_per_epoch=count, learning_rate_factor=factor
+                batch,
+                epochs=config.epochs,
+                # Those that all inner steps would make: the critic learns from all of a rollout in any case.
+                minibatches_per_epoch=replace(self.order, inner_steps=None).count(batch, config.batch_size),
+                learning_rate_factor=factor,
             )
         return {
             **metrics,

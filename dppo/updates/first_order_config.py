@@ -10,6 +10,7 @@ import torch
 from dppo.surrogates import LogRatio, clip_ranges
 from dppo.updates.config import UpdateConfig
 from dppo.updates.surrogate import ClippedRatio, LogLikelihood, MaskedRatio, PenalisedRatio, Surrogate
+from policies import UserError
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ class FirstOrderConfig(UpdateConfig):
         self.check_positive("target_kl")
         if self.log_prob_clamp is not None and not self.log_prob_clamp[0] < self.log_prob_clamp[1]:
             raise ValueError(f"log_prob_clamp must be [low, high], not {list(self.log_prob_clamp)}")
+
+    def check_that_factors_are_not_needed(self, policy_type: str) -> None:
+        """Refuse what is done to each factor of a likelihood, for a policy whose likelihood is one number.
+
+        Raises:
+            UserError: naming the settings.
+        """
+        if self.log_ratio == "mean" or self.log_prob_clamp is not None:
+            raise UserError(
+                f"the likelihood of a {policy_type} policy is one number for the chunk, while algo.log_ratio=mean "
+                f"and algo.log_prob_clamp want one of each dimension: set algo.log_ratio=sum algo.log_prob_clamp=null, "
+                f"and algo.clip to what suits the ratio of a whole chunk"
+            )
 
     def check_that_kl_can_be_seen(self) -> None:
         """Refuse a single step per update: the KL is that before each step, and before the first it is 0."""

@@ -15,7 +15,7 @@ from dppo.updates.first_order import FirstOrder
 from dppo.updates.first_order_config import FirstOrderConfig, PPOConfig, PPOKLConfig, PPOMaskConfig
 from dppo.updates.natural import NaturalConfig, NaturalGradient, TRPOConfig
 from dppo.updates.weighted_imitation import WeightedImitation, WeightedImitationConfig
-from policies import Policy, UserError
+from policies import DiffusionPolicy, Policy, UserError
 
 CONFIGS: dict[str, type[UpdateConfig]] = {
     "a2c": FirstOrderConfig,
@@ -81,6 +81,8 @@ def make_update_rule(
         raise UserError("only rules that take steps of Adam on a surrogate have room for this anchor: choose kl_reward")
     assert not isinstance(critic, SharedCritic)
     if isinstance(config, WeightedImitationConfig):
+        if isinstance(policy, DiffusionPolicy) and policy.eta is not None:
+            raise UserError("the imitation loss says nothing of eta: set sampler.learned_eta=null, or choose algo=ppo")
         return WeightedImitation(config, policy, critic, generator)
     assert isinstance(config, NaturalConfig)
     return NaturalGradient(config, policy, critic, generator)

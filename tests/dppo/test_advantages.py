@@ -179,3 +179,10 @@ def test_what_is_not_known_of_a_group_is_left_out_of_it():
     advantages = group_advantages(returns, 3, known)
     root = 0.5**0.5
     torch.testing.assert_close(advantages, torch.tensor([-root, root, 0, 0, 0, 0]))
+
+
+def test_returns_that_are_the_same_but_for_rounding_tell_a_group_nothing():
+    returns = torch.tensor([1000.0, 1000.0001, 999.9999, 1000.0, 1.0, 1.001])
+    advantages = group_advantages(returns, 2, torch.ones(6, dtype=torch.bool))
+    assert advantages[:4].tolist() == [0, 0, 0, 0]
+    assert advantages[4] < 0 < advantages[5]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from dppo import building
 from dppo.anchors import Anchor, Imitation, KLPenalty, KLReward, Replay
 from dppo.annealing import Annealing
+from dppo.building import build_anchor
 from dppo.data.demos import Episode, WindowDataset
 from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
@@ -244,5 +246,17 @@ def test_a_natural_gradient_has_no_room_for_a_loss_but_for_a_reward(small_policy
 
 def test_an_anchor_does_not_go_with_inner_steps_that_become_fewer(small_policy, task_of):
     policy, size = small_policy("diffusion"), TrainerConfig(1000, 4, 8, anneal=Annealing(finetuned_steps=1))
-    with pytest.raises(UserError, match=r"anneal\.finetuned_steps goes with neither"):
+    with pytest.raises(UserError, match=r"critic=latent and anchor=\.\.\. do not follow"):
         Trainer(policy, task_of("diffusion"), size, PPOConfig(), CRITIC, anchor=KLPenalty(1.0, policy))
+
+
+def test_what_is_replayed_begins_where_the_chunks_of_the_policy_do(small_policy, point_task, monkeypatch):
+    """As in pretraining: the first action of a chunk may be of the past."""
+    policy = small_policy("diffusion", history=2, chunk=3, first_executed=1, executed=2)
+    observation = np.tile(np.arange(41, dtype=np.float32)[:, None], (1, 2))
+    episode = Episode(observation, observation[:-1], np.zeros(40, np.float32), False, True)
+    monkeypatch.setattr(building, "load_demonstrations", lambda *_: [episode])
+    anchor = build_anchor({"anchor": {"type": "replay", "coefficient": 1.0, "dataset": None}}, policy, point_task)
+    assert isinstance(anchor, Replay)
+    obs, action = anchor.demonstrations.batch(torch.tensor([10]))
+    torch.testing.assert_close(action[0, policy.config.executed_part][0], obs[0, -1])

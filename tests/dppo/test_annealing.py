@@ -73,6 +73,17 @@ def test_with_fewer_finetuned_steps_the_update_goes_on_with_the_same_network_and
     training.close()
 
 
+def test_with_fewer_finetuned_steps_than_are_to_be_drawn_all_of_them_are_learned_from(small_policy, point_task):
+    algo = PPOConfig(inner_steps=2, **{**SMALL, "epochs": 1, "batch_size": 4})
+    training = trainer(small_policy("diffusion"), point_task, Annealing(finetuned_steps=1), algo)
+    steps = [training.iterate()["actor_steps"]]
+    training.env_steps = training.config.env_steps - 1
+    steps.append(training.iterate()["actor_steps"])
+    assert training.policy.num_steps == 1
+    assert steps[0] == 2 * steps[1] > 0
+    training.close()
+
+
 @pytest.mark.parametrize(
     ("kind", "anneal", "says"),
     [

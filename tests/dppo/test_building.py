@@ -90,6 +90,15 @@ def test_a_policy_from_scratch_has_the_sampler_that_is_named():
     assert isinstance(policy, DiffusionPolicy) and policy.num_steps == policy.config.sampler.steps == 2
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(1, False), (2, False), (3, True), (4, False)])
+def test_steps_that_leave_the_noisiest_timesteps_out_are_warned_of(pretrained, caplog, steps, warned):
+    policy = start(pretrained, "sampler=ddim", f"sampler.steps={steps}")
+    assert policy.timesteps[-1] == {1: 0, 2: 2, 3: 2, 4: 3}[steps]
+    says = "sampler.steps=3 does not divide policy.denoising_steps=4: the chain begins at timestep 2 of 3"
+    assert (says in caplog.text) == warned
+    assert ("better 2 or 4" in caplog.text) == warned
+
+
 def test_a_policy_without_a_chain_has_no_sampler(small_policy):
     with pytest.raises(UserError, match=r"a gaussian policy has no sampler; leave sampler=... out"):
         with_sampler(small_policy("gaussian"), {"steps": 5})

@@ -100,7 +100,8 @@ def test_a_critic_of_inner_steps_gives_the_advantages_of_the_unrolled_decision_p
                     successor = 0.0
                 reward, discount = (float(rollout.rewards[t, env]), 0.9) if last else (0.0, 1.0)
                 delta = reward + discount * successor - value
-                following = delta + (0.0 if last and ended else discount * 0.5 * following)
+                # lambda = 0.5 is from action to action, and a cube root of it from inner step to inner step
+                following = delta + (0.0 if last and ended else discount * 0.5 ** (1 / 3) * following)
                 assert float(estimate.advantages[t, env, k]) == pytest.approx(following, rel=1e-4, abs=1e-4)
                 assert float(estimate.returns[t, env, k]) == pytest.approx(following + value, rel=1e-4, abs=1e-4)
 
@@ -151,6 +152,14 @@ def test_a_critic_of_inner_steps_learns_what_the_latents_are_worth(make_trainer,
 
 
 # --- without a critic
+
+
+def test_a_critic_of_inner_steps_that_sees_no_more_than_the_other_gives_the_advantages_of_the_other(make_trainer):
+    trainers = [make_trainer("diffusion", critic) for critic in (LATENT, MLP)]
+    rollout, current, following = rollout_of(trainers[0]), numbers_of((12, 4, 1), 0), numbers_of((12, 4), 1)
+    values = [Values(current.expand(-1, -1, steps), following) for steps in (3, 1)]
+    latent, plain = (t.estimator.estimate(rollout, v) for t, v in zip(trainers, values, strict=True))
+    torch.testing.assert_close(latent.advantages[..., -1:], plain.advantages)
 
 
 def test_without_a_critic_the_advantages_are_the_returns_that_followed(make_trainer):

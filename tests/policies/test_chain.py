@@ -330,6 +330,31 @@ def test_a_learned_eta_survives_another_setting_and_is_dropped_with_its_sampler(
     assert policy.with_sampler(Sampler(steps=5)).eta is None
 
 
+@pytest.mark.parametrize("kind", ["scalar", "action", "state"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learned_eta": "scalar"},
+        {"learned_eta": "action"},
+        {"learned_eta": "state"},
+        {"eta": 0.9},
+        {"eta_range": (0, 1)},
+    ],
+)
+def test_a_learned_eta_begins_anew_where_its_settings_are_others(kind: Any, change: dict[str, Any]) -> None:
+    before = Sampler(steps=5, eta=0.5, learned_eta=kind)
+    policy = finetuned_on(sampler=before, finetuned=5)
+    assert policy.eta is not None
+    with torch.no_grad():
+        for weights in policy.eta.parameters():
+            weights.add_(0.3)
+    after = dataclasses.replace(before, **change)
+    changed = policy.with_sampler(after)
+    assert changed.eta is not None
+    (eta,) = changed.eta(torch.zeros(1, policy.config.history * policy.config.obs_dim)).unique().tolist()
+    assert (eta == pytest.approx(after.eta)) == (after != before)
+
+
 # --- std and clips ---------------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,13 @@ def test_a_scheduler_and_its_saved_configuration_say_the_same(scheduler: Any) ->
     assert settings_of_scheduler(saved) == settings_of_scheduler(scheduler)
 
 
+def test_timesteps_of_ones_own_choice_are_refused() -> None:
+    scheduler = DDPMScheduler(50)
+    scheduler.set_timesteps(timesteps=[40, 20, 0])
+    with pytest.raises(UserError, match="timesteps of one's own choice are not supported"):
+        settings_of_scheduler(scheduler)
+
+
 def test_a_configuration_that_names_no_scheduler_is_refused() -> None:
     with pytest.raises(UserError, match="the noise scheduler 'None' is not supported"):
         settings_of_scheduler({"num_train_timesteps": 50})

@@ -28,6 +28,7 @@ from policies import Policy, UserError, log_prob_factors
 
 CRITIC = {"type": "mlp", "hidden_dims": [8], "activation": "tanh"}
 KINDS = ("gaussian", "categorical", "diffusion")
+FACTORED = [("gaussian", "mean"), ("diffusion", "mean")]
 
 
 @pytest.fixture
@@ -156,8 +157,7 @@ def test_the_first_minibatch_of_every_rollout_has_ratio_one_everywhere(make_trai
         assert last.log_ratios.abs().max().item() > 1e-3, "the policy must have moved by the last minibatch"
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "reduction"), [*((kind, "sum") for kind in KINDS), *FACTORED])
 def test_the_gradient_at_the_old_policy_is_the_policy_gradient(make_trainer, kind, reduction):
     config = {"normalize_advantages": False, "log_ratio": reduction, "inner_gamma": 0.9, "clip": 0.1}
     trainer = make_trainer(kind, **config)
@@ -212,7 +212,8 @@ def test_ranges_above_one_are_in_proportion_to_those_below_at_every_inner_step(m
     assert surrogate.above.tolist() == pytest.approx([0.6, 0.45, 0.3])
 
 
-def test_advantages_are_normalised_in_each_minibatch(make_trainer, monkeypatch):
+def test_advantages_are_normalised_in_each_minibatch(make_trainer, monkeypatch, torch_threads):
+    torch_threads(1)  # so that the spy hears of the parts in their order
     monkeypatch.setattr("dppo.threads.ROWS_PER_GRADIENT_PART", 6)  # over all parts of it
     losses = []
     for shift, scale in ((0, 1), (100, 7)):
@@ -386,7 +387,17 @@ def test_an_update_is_about_the_inner_steps_that_it_is_told_to_take(make_trainer
     assert metrics["actor_steps"] == 16
     assert [len(pairs) for pairs in spy.pairs] == [8] * 16
     assert all(len({row for row, _ in pairs}) == 4 for pairs in spy.pairs)
-    assert [len(rows) for rows in spy.rows] == [4] * 16, "the critic has as many minibatches"
+    assert [len(rows) for rows in spy.rows] == [2] * 32, "the critic has as many minibatches as all inner steps make"
+
+
+@pytest.mark.parametrize("setting", [{"log_ratio": "mean"}, {"log_prob_clamp": (-5.0, 2.0)}])
+@pytest.mark.parametrize("kind", ["mixture", "categorical", "gaussian"])
+def test_what_is_done_to_factors_of_a_likelihood_is_refused_where_there_are_none(make_trainer, kind, setting):
+    if kind == "gaussian":
+        assert make_trainer(kind, **setting).iterate()["actor_steps"]
+        return
+    with pytest.raises(UserError, match=f"the likelihood of a {kind} policy is one number"):
+        make_trainer(kind, **setting)
 
 
 def test_more_inner_steps_than_there_are_are_refused(make_trainer):

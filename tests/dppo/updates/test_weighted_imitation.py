@@ -14,6 +14,7 @@ from dppo.rollout import collect_rollout
 from dppo.trainer import Trainer, TrainerConfig
 from dppo.updates.batch import Batch
 from dppo.updates.weighted_imitation import WeightedImitation, WeightedImitationConfig
+from policies import UserError
 
 CRITIC = {"type": "mlp", "hidden_dims": [8]}
 KINDS = ("gaussian", "mixture", "categorical", "diffusion")
@@ -126,3 +127,9 @@ def test_only_the_critic_learns_during_its_warm_up(make_trainer):
     assert (row["policy_loss"], row["actor_steps"]) == (None, 0)
     assert torch.equal(rule_of(trainer).optimizer.parameters.values, before)
     assert trainer.iterate()["policy_loss"] is not None
+
+
+def test_an_eta_that_would_never_move_is_refused(small_policy, task_of):
+    policy = small_policy("diffusion", sampler={"steps": 4, "learned_eta": "scalar"})
+    with pytest.raises(UserError, match="the imitation loss says nothing of eta"):
+        Trainer(policy, task_of("diffusion"), TrainerConfig(1000, 4, 8), WeightedImitationConfig(), CRITIC)
