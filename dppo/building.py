@@ -240,7 +240,7 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
     chosen = {key for key in settings if key in free and settings[key] != defaults.get(key)}
     changes = {key: settings[key] for key in named | chosen}
     if getattr(policy.config, "finetuned_steps", 0) is None:
-        wanted = settings["finetuned_steps"] or policy.num_steps
+        wanted = policy.num_steps if settings["finetuned_steps"] is None else settings["finetuned_steps"]
         changes["finetuned_steps"] = wanted if "finetuned_steps" in named else min(wanted, policy.num_steps)
     changes = {key: value for key, value in changes.items() if value != getattr(policy.config, key, ...)}
     return policy.adjusted(**changes), task

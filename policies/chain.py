@@ -197,7 +197,8 @@ class DiffusionPolicy(Policy, type="diffusion"):
         added = noise if clip is None else noise.clamp(-clip, clip)
         context = self.normalize_obs(obs).flatten(1)
         kernel = self.evaluation_kernel if deterministic else self.kernel
-        natural = self._natural_stds(context, deterministic)
+        eta = self._eta(context, deterministic)
+        natural = self._natural_stds(eta)
         stds = self._evaluation_stds() if deterministic else self._exploring_stds(natural)
 
         outputs, means, latents = [], [], [noise[:, 0]]
@@ -205,13 +206,14 @@ class DiffusionPolicy(Policy, type="diffusion"):
             prepared = network.prepare(context)
             for i in rows:
                 outputs.append(network.forward_prepared(latents[-1], self.timesteps[i], prepared))
-                means.append(kernel.mean(outputs[-1], latents[-1], kernel.row(i), natural[i]))
+                means.append(kernel.mean(outputs[-1], latents[-1], kernel.row(i), eta))
                 latents.append(_with_noise(means[-1], added[:, -1 - i], stds[i]))
 
         chain = torch.stack(latents[-1 - self.num_steps :], dim=1)  # [B, K'+1, Tp, Da]
         if kernel is not self.kernel:  # what is scored is not how it acted
-            natural = self._natural_stds(context, deterministic=False)
-            means = self._means(outputs[-self.num_steps :], chain, natural)
+            eta = self._eta(context, deterministic=False)
+            natural = self._natural_stds(eta)
+            means = self._means(outputs[-self.num_steps :], chain, eta)
         law = Normal(torch.stack(means[-self.num_steps :], dim=1), self._scoring_stds(natural), validate_args=False)
         return Sample(self._action(latents[-1]), chain, law.log_prob(chain[:, 1:]))
 
@@ -222,17 +224,20 @@ class DiffusionPolicy(Policy, type="diffusion"):
             return [trained]
         return [(self.frozen, range(len(self.timesteps) - 1, self.num_steps - 1, -1)), trained]
 
-    def _means(self, outputs: list[Tensor], chain: Tensor, natural: Stds) -> list[Tensor]:
+    def _means(self, outputs: list[Tensor], chain: Tensor, eta: Tensor | float) -> list[Tensor]:
         """Of the K' steps, as they are scored, from the network's outputs."""
         rows = range(self.num_steps - 1, -1, -1)
         steps = zip(outputs, chain.unbind(1), rows, strict=False)
-        return [self.kernel.mean(out, latent, self.kernel.row(i), natural[i]) for out, latent, i in steps]
+        return [self.kernel.mean(out, latent, self.kernel.row(i), eta) for out, latent, i in steps]
 
-    def _natural_stds(self, context: Tensor, deterministic: bool) -> Stds:
-        """eta unit_std of each row of the kernel, before any floor: numbers, or [B or 1, 1, Da or 1]."""
+    def _eta(self, context: Tensor, deterministic: bool) -> Tensor | float:
+        """A number or, where it is learned, [B or 1, 1, Da or 1]."""
         if deterministic:
-            return [self.config.sampler.evaluation_eta * std for std in self._unit_stds]
-        eta = self.config.sampler.eta if self.eta is None else self.eta(context)
+            return self.config.sampler.evaluation_eta
+        return self.config.sampler.eta if self.eta is None else self.eta(context)
+
+    def _natural_stds(self, eta: Tensor | float) -> Stds:
+        """eta unit_std of each row of the kernel, before any floor: numbers, or [B or 1, 1, Da or 1]."""
         return [eta * std for std in self._unit_stds]
 
     def _evaluation_stds(self) -> Stds:
@@ -262,9 +267,9 @@ class DiffusionPolicy(Policy, type="diffusion"):
         row = self.num_steps - 1 - step
         context = self.normalize_obs(obs).flatten(1)
         out = self.network(latent, self.timesteps.start + self.timesteps.step * row, context)
-        eta = self.config.sampler.eta if self.eta is None else self.eta(context)
+        eta = self._eta(context, deterministic=False)
         natural = eta * self.kernel.unit_std[row][:, None, None]
-        mean = self.kernel.mean(out, latent, self.kernel.rows(row), natural)
+        mean = self.kernel.mean(out, latent, self.kernel.rows(row), eta)
         std = natural.clamp(min=self.config.likelihood_std)
         return Independent(Normal(mean, std, validate_args=False), 2, validate_args=False)
 

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from policies.schedules import NoiseLevels, Prediction, noise_coefficients, x0_coefficients
 
+TINY = 1e-12
+
 LearnedEta = Literal["scalar", "action", "state"]
 
 
@@ -121,7 +123,7 @@ class Kernel(nn.Module):
             noise_latent, noise_x0, noise_output = 1 / scale, -alpha_bar.sqrt() / scale, noise_x0
         rows = [*x0_coefficients(alpha_bar, prediction)]
         if eta is None or not self.fused:
-            rows += [noise_x0, noise_latent, noise_output, previous.sqrt()]
+            rows += [noise_x0, noise_latent, noise_output, previous.sqrt(), (1 - previous).sqrt(), removed]
         else:
             rest = 1 - eta**2 * (1 - kept)
             share = ((1 - previous) * rest).sqrt()  # sqrt(1 - signal^2 - std^2) without cancellation
@@ -142,14 +144,14 @@ class Kernel(nn.Module):
         """The coefficients of the steps ``index`` [B], for `mean`."""
         return self.columns[index][:, :, None, None].unbind(1)
 
-    def mean(self, out: Tensor, latent: Tensor, row: Sequence[Any], std: Tensor | float = 0.0) -> Tensor:
+    def mean(self, out: Tensor, latent: Tensor, row: Sequence[Any], eta: Tensor | float = 0.0) -> Tensor:
         """The mean of the next latents.
 
         Args:
             out: [B, Tp, Da], output of the network.
             latent: [B, Tp, Da].
             row: of `row` or `rows`.
-            std: eta unit_std, where eta is learned or the noise clipped, broadcastable to the latents.
+            eta: where it is learned or the noise clipped, broadcastable to the latents.
         """
         x0 = row[0] * latent + row[1] * out
         if self.x0_clip is not None:
@@ -161,7 +163,8 @@ class Kernel(nn.Module):
             return mixed
         if self.epsilon_clip is not None:
             mixed = mixed.clamp(-self.epsilon_clip, self.epsilon_clip)
-        signal = row[5]
-        share = 1 - signal * signal - std * std
-        share = share.clamp(min=0).sqrt() if isinstance(share, Tensor) else max(share, 0.0) ** 0.5
-        return signal * x0 + share * mixed
+        signal, noise, removed = row[5:]
+        rest = 1 - eta * eta * removed
+        # Not below TINY: next to the chunk, with all of DDPM's noise, it is 0, where a root has no derivative.
+        rest = rest.clamp(min=TINY).sqrt() if isinstance(rest, Tensor) else max(rest, 0.0) ** 0.5
+        return signal * x0 + noise * rest * mixed

@@ -61,7 +61,7 @@ class CompiledStep(Generic[Record]):
         if not allowed:
             return rows, Outcome.REFUSED
         evidence = partial(evidence_of, self._objective, optimizer.parameters, minibatch)
-        finite = optimizer.skips.permits(loss.item(), norm.item(), evidence)
+        finite = optimizer.skips.permits(loss.item(), norm.item(), evidence=evidence)
         return rows, Outcome.TAKEN if finite else Outcome.SKIPPED
 
 

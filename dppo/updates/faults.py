@@ -38,13 +38,13 @@ class Skips:
         self._in_a_row = 0
         self._counted = 0
 
-    def permits(self, loss: float, gradient_norm: float, evidence: Callable[[], Evidence]) -> bool:
-        """Whether an update may be made; it is counted if it may not.
+    def permits(self, *numbers: float, evidence: Callable[[], Evidence]) -> bool:
+        """Whether an update may be made that these are of, its loss for one; it is counted if it may not.
 
         Raises:
             NotFiniteError: `MOST_SKIPPED` in a row were skipped; with what ``evidence`` gives.
         """
-        permitted = math.isfinite(loss) and math.isfinite(gradient_norm)
+        permitted = all(map(math.isfinite, numbers))
         self.count([permitted], evidence)
         return permitted
 

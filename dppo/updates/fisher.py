@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -95,6 +96,9 @@ def conjugate_gradients(
         b: [P].
         iterations: at most so many products.
         tolerance: stop once the residual's norm is below so much of b's.
+
+    Returns:
+        The solution; of NaN where there is a product or a ``b`` of NaN.
     """
     x, residual = torch.zeros_like(b), b.clone()
     direction = residual.clone()
@@ -104,6 +108,8 @@ def conjugate_gradients(
     while done < iterations and float(squared) > goal:
         moved = product(direction)
         curvature = direction.dot(moved)
+        if curvature.isnan():
+            return Solution(x, math.nan, math.nan, done)
         if not float(curvature) > 0:  # by rounding only: what is left of the residual is noise
             break
         step = squared / curvature

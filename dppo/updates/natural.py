@@ -155,9 +155,9 @@ class NaturalGradient:
         before = self._judge(batch, laws)
         gradient = self._gradient(batch)
         evidence = partial(self._evidence, batch, before, gradient)
-        if not self.skips.permits(before.objective, float(gradient.norm()), evidence):
-            return {"step_failed": 1.0, "actor_steps": 0}
         solution = self._natural(batch, gradient)
+        if not self.skips.permits(before.objective, float(gradient.norm()), solution.quadratic, evidence=evidence):
+            return {"step_failed": 1.0, "actor_steps": 0}
         old, after, kept = values.clone(), before, False
         attempts = 0
         if solution.quadratic > 0:

@@ -64,7 +64,7 @@ class FlatAdamW:
         """
         self.parameters.check_views()
         norm = torch.linalg.vector_norm(gradient)
-        if not self.skips.permits(loss.item(), norm.item(), evidence):
+        if not self.skips.permits(loss.item(), norm.item(), evidence=evidence):
             return False
         self._descend(gradient, norm)
         return True

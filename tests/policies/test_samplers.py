@@ -35,7 +35,7 @@ def tolerance(levels: NoiseLevels) -> Tensor:
 def means(kernel: Kernel, out: Tensor, latent: Tensor, eta: float) -> Tensor:
     """[K, n] of every step."""
     rows = range(len(kernel.unit_std))
-    return torch.stack([kernel.mean(out, latent, kernel.row(i), eta * float(kernel.unit_std[i])) for i in rows])
+    return torch.stack([kernel.mean(out, latent, kernel.row(i), eta) for i in rows])
 
 
 @each_schedule
@@ -166,3 +166,30 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], complaint: st
 def test_more_steps_than_timesteps_are_refused(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Sampler(**settings).timesteps(20)
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 5}, {"rederive_noise": False}])
+@pytest.mark.parametrize("eta", [0.1, 0.7, 1.0])
+def test_a_learned_eta_has_finite_derivatives_that_are_those_of_a_fixed_one(
+    settings: dict[str, Any], eta: float
+) -> None:
+    """The second ones, too, which natural gradients need; also next to the chunk, where all noise is removed."""
+    latent, out = torch.randn(2, 1, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = noise_levels(20, "squaredcos_cap_v2", RANGE)
+    learned = Kernel(levels, "epsilon", Sampler(**settings, learned_eta="scalar"), eta=None, x0_clip=1.0).double()
+
+    def fixed(value: float, i: int) -> Tensor:
+        kernel = Kernel(levels, "epsilon", Sampler(**settings), eta=value, x0_clip=1.0).double()
+        return kernel.mean(out, latent, kernel.row(i))
+
+    for i in range(len(learned.unit_std)):
+        number = torch.tensor(eta, dtype=torch.float64, requires_grad=True)
+        mean = learned.mean(out, latent, learned.row(i), number)
+        torch.testing.assert_close(mean.detach(), fixed(eta, i), rtol=1e-5, atol=1e-5)
+        (slope,) = torch.autograd.grad(mean.sum(), number, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, number)
+        assert slope.isfinite() and curvature.isfinite()
+        if eta < 1:
+            step = 1e-2
+            expected = (fixed(eta + step, i) - fixed(eta - step, i)).sum() / (2 * step)
+            torch.testing.assert_close(slope.detach(), expected, rtol=2e-2, atol=2e-4)

@@ -1,5 +1,6 @@
 """Fisher-vector products against the explicit Hessian of the KL; conjugate gradients against a dense solve."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -186,3 +187,9 @@ def test_a_direction_without_curvature_ends_it():
     solution = conjugate_gradients(lambda v: a @ v, torch.tensor([0.0, 1.0]), iterations=5, tolerance=1e-5)
     assert solution.x.isfinite().all()
     assert solution.quadratic == 0
+
+
+@pytest.mark.parametrize(("b", "product"), [(1.0, math.nan), (math.nan, 1.0)])
+def test_what_is_not_a_number_is_not_taken_for_the_end_of_the_search(b, product):
+    solution = conjugate_gradients(lambda v: v * product, torch.full((3,), b), iterations=5, tolerance=1e-5)
+    assert math.isnan(solution.quadratic)

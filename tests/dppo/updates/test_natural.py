@@ -305,3 +305,14 @@ def test_the_kl_of_the_chain_bounds_that_of_the_actions():
         assert rule._judge(batch, laws).kl == 0
         old.load_state_dict(new.state_dict())
         assert rule._judge(batch, laws).kl == pytest.approx(of_chain, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "action", "state"])
+def test_a_learned_eta_moves_with_the_rest_of_the_policy(make_trainer, kind):
+    sampler = {"steps": 4, "eta": 0.9, "learned_eta": kind}
+    trainer = make_trainer("diffusion", TRPOConfig(), sampler=sampler, likelihood_std=0.01)
+    before = [weights.clone() for weights in trainer.policy.eta.parameters()]
+    metrics = update(trainer, rollout_batch(trainer))
+    assert metrics["step_failed"] == 0
+    assert metrics["cg_iterations"] > 1
+    assert not torch.equal(before[-1], list(trainer.policy.eta.parameters())[-1])
