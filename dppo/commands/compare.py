@@ -58,8 +58,9 @@ def run(
             tasks = [task for task in comparison.tasks if any(one.run.task == task for one in results)]
             table = Table(results, tasks, comparison.methods)
             missing = [run for run in runs if run.summary is None]
+            settings = {"all runs": [*comparison.settings, *overrides], **comparison.task_settings}
             about = {"name": comparison.name, "command": command_line(), "output": output, "recorded": recorded}
-            report = write_report(table, missing, **about)
+            report = write_report(table, missing, settings=settings, **about)
             print(f"report  {report}\ncurves  {output / 'learning_curves.png'}", flush=True)
     if failed:
         raise UserError(
@@ -74,7 +75,7 @@ def _run_missing(
     """Those that failed."""
     waiting = [run for run in runs if run.summary is None]
     print(
-        f"comparing {', '.join(comparison.methods)} on {', '.join(comparison.tasks)}: {len(runs)} runs, of which "
+        f"comparing {' | '.join(comparison.methods)} on {', '.join(comparison.tasks)}: {len(runs)} runs, of which "
         f"{len(runs) - len(waiting)} are finished; {processes} at a time with {threads} of the processors each",
         flush=True,
     )

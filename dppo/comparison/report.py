@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
-from itertools import permutations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def write_report(
     name: str,
     command: str,
     output: Path,
+    settings: Mapping[str, Sequence[str]] | None = None,
     recorded: Mapping[str, Sequence[Curve]] | None = None,
 ) -> Path:
     """Write report.md, learning_curves.png, scores.csv and curves.csv; the path of the first.
@@ -41,6 +42,7 @@ def write_report(
         name: of the comparison.
         command: that makes this report again.
         output: the directory.
+        settings: overrides that methods have in common, by what they are for.
         recorded: more curves by task, see `read_recorded`.
     """
     curves = _curves(table)
@@ -49,27 +51,35 @@ def write_report(
     comparison_curves(curves, output / "learning_curves.png", title=name)
     _write_csv(output / "scores.csv", _score_rows(table))
     _write_csv(output / "curves.csv", _curve_rows(curves))
-    text = "\n\n".join(_sections(table, missing, name, command)) + "\n"
+    text = "\n\n".join(_sections(table, missing, name, command, settings or {})) + "\n"
     write_text(output / "report.md", text)
     return output / "report.md"
 
 
-def _sections(table: Table, missing: Sequence[PlannedRun], name: str, command: str) -> Iterable[str]:
+def _sections(
+    table: Table, missing: Sequence[PlannedRun], name: str, command: str, settings: Mapping[str, Sequence[str]]
+) -> Iterable[str]:
     yield f"# {name}"
     yield f"    {command}"
     yield _origin(table)
     if missing:
-        yield f"Not finished: {'; '.join(map(str, missing))}."
+        yield "Not finished:\n\n" + "\n".join(_missing(missing))
     yield METHOD
     yield "## Methods"
-    yield "Overrides of `dppo finetune`; those for all runs, or of a task, are in the comparison's configuration."
-    yield _markdown(["method", "overrides"], [[name, f"`{' '.join(own)}`"] for name, own in table.methods.items()])
+    overrides = {**{f"({what})": shared for what, shared in settings.items() if shared}, **table.methods}
+    yield _markdown(
+        ["method", "overrides of `dppo finetune`"],
+        [[name, f"`{' '.join(own)}`" if own else ""] for name, own in overrides.items()],
+    )
     yield "## Scores"
     cells = [pair for pair in product(table.tasks, table.methods) if table.of(*pair)]
     yield _markdown(
         ["task", "method", "runs", "IQM", "mean ± std", "lowest", "highest", "before", "steps", "time"],
         [_score_cells(table, *pair) for pair in cells],
     )
+    uneven = [task for task in table.tasks if table.budgets_differ(task)]
+    if uneven:
+        yield f"The methods had different numbers of environment steps on {', '.join(uneven)}."
     methods = [method for method in table.methods if table.complete(method)]
     if len(table.tasks) > 1:
         yield "## Over all tasks"
@@ -78,14 +88,14 @@ def _sections(table: Table, missing: Sequence[PlannedRun], name: str, command: s
             ["method", "IQM of normalised scores"],
             [[method, _interval(iqm_ci95(table.normalized(method)), "{:.2f}".format)] for method in methods],
         )
-    if len(methods) > 1:
+    if len(methods) > 1 and len(table.results) > len(cells):  # of single runs there is no probability
         yield "## Probability of improvement"
-        yield "That a run of the first scores higher than one of the second on the same task, mean over tasks."
+        yield "That a run of a row's method scores higher than one of a column's on the same task, mean over tasks."
         yield _markdown(
-            ["first", "second", "probability"],
+            ["", *methods],
             [
-                [ours, theirs, _interval(_improvement(table, ours, theirs), "{:.2f}".format)]
-                for ours, theirs in permutations(methods, 2)
+                [ours, *("" if ours == theirs else _probability(table, ours, theirs) for theirs in methods)]
+                for ours in methods
             ],
         )
     yield "## Learning curves"
@@ -93,8 +103,15 @@ def _sections(table: Table, missing: Sequence[PlannedRun], name: str, command: s
     yield "Interquartile means and their intervals. The numbers are in `scores.csv` and `curves.csv`."
 
 
-def _improvement(table: Table, ours: str, theirs: str) -> Estimate:
-    return improvement_ci95(*([table.scores(task, method) for task in table.tasks] for method in (ours, theirs)))
+def _missing(runs: Sequence[PlannedRun]) -> Iterable[str]:
+    """A line for each method."""
+    for method in dict.fromkeys(run.method for run in runs):
+        yield f"- {method}: {', '.join(f'{run.task} seed {run.seed}' for run in runs if run.method == method)}"
+
+
+def _probability(table: Table, ours: str, theirs: str) -> str:
+    scores = ([table.scores(task, method) for task in table.tasks] for method in (ours, theirs))
+    return _interval(improvement_ci95(*scores), "{:.2f}".format)
 
 
 def _origin(table: Table) -> str:
@@ -141,9 +158,9 @@ def _curves(table: Table) -> dict[str, list[Curve]]:
         for method in table.methods:
             results = table.of(task, method)
             if results:
-                edges = table.edges(task, method)
-                value, low, high = curve_ci95(np.stack([one.curve(edges) for one in results]))
-                curves.setdefault(task, []).append(Curve(method, edges[1:], value, low, high))
+                grid = table.grid(task, method)
+                value, low, high = curve_ci95(np.stack([one.curve(grid) for one in results]))
+                curves.setdefault(task, []).append(Curve(method, grid, value, low, high))
     return curves
 
 

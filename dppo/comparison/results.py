@@ -13,7 +13,7 @@ from dppo.comparison.plan import PlannedRun
 from dppo.output.metrics import read_metrics
 
 POINTS = 50
-"""Of a learning curve, at most; each the mean of what was measured since the one before."""
+"""Of a learning curve, at most."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,18 @@ class Result:
         """Rows of metrics of iterations in which episodes ended."""
         return [row for row in read_metrics(self.run.directory.metrics_path) if row.get("return_mean") is not None]
 
-    def curve(self, edges: np.ndarray) -> np.ndarray:
-        """Mean training return [X] between each two edges [X + 1], in environment steps.
+    @cached_property
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Environment steps, and mean training returns until then, [P] each; of many iterations, several in a row."""
+        if not self.rows:
+            return np.array([float(self.summary["env_steps"])]), np.array([self.start])
+        steps, returns = np.array([[row["env_steps"], row["return_mean"]] for row in self.rows], dtype=float).T
+        groups = np.array_split(np.arange(len(steps)), min(len(steps), POINTS))
+        return steps[[group[-1] for group in groups]], np.array([returns[group].mean() for group in groups])
 
-        Where no episode ended, the one before; before the first one, the first.
-        """
-        rows = [row for row in self.rows if row["env_steps"] <= edges[-1]]
-        if not rows:
-            return np.full(len(edges) - 1, self.start)
-        steps = np.array([row["env_steps"] for row in rows], dtype=float)
-        returns = np.array([row["return_mean"] for row in rows], dtype=float)
-        bins = np.clip(np.searchsorted(edges, steps, side="left") - 1, 0, len(edges) - 2)
-        counts = np.bincount(bins, minlength=len(edges) - 1)
-        sums = np.bincount(bins, weights=returns, minlength=len(edges) - 1)
-        means = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
-        last = np.maximum.accumulate(np.where(counts > 0, np.arange(len(means)), -1))
-        return means[np.maximum(last, np.flatnonzero(counts)[0])]
+    def curve(self, x: np.ndarray) -> np.ndarray:
+        """Mean training returns [X] at environment steps [X], between the `points` on straight lines."""
+        return np.interp(x, *self.points)
 
 
 def finished(runs: Sequence[PlannedRun]) -> list[Result]:
@@ -105,8 +101,14 @@ class Table:
         start = self.start(task)
         return max(abs(one.score - start) for one in self.results if one.run.task == task) or 1.0
 
-    def edges(self, task: str, method: str) -> np.ndarray:
-        """[X + 1] environment steps from 0 to what every run of a method reached, with something measured between."""
-        results = self.of(task, method)
-        points = min(POINTS, *(len(one.rows) for one in results))
-        return np.linspace(0, min(float(one.summary["env_steps"]) for one in results), max(points, 1) + 1)
+    def grid(self, task: str, method: str) -> np.ndarray:
+        """Environment steps [X] for the curves of a cell: those that all its runs measured, as many as the fewest."""
+        measured = [one.points[0] for one in self.of(task, method)]
+        first = max(steps[0] for steps in measured)
+        last = max(first, min(steps[-1] for steps in measured))
+        return np.linspace(first, last, min(map(len, measured)))
+
+    def budgets_differ(self, task: str) -> bool:
+        """Whether some methods had clearly more environment steps than others."""
+        steps = [one.summary["env_steps"] for one in self.results if one.run.task == task]
+        return max(steps) > 1.2 * min(steps)

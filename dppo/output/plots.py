@@ -135,11 +135,13 @@ def comparison_curves(curves: Mapping[str, Sequence[Curve]], path: Path, *, titl
     with _panels(path, title, count=len(curves)) as panels:
         for panel, (task, drawn) in zip(panels, curves.items(), strict=True):
             for curve in drawn:
-                panel.plot(curve.x, curve.value, label=curve.name, color=colors[curve.name])
+                marker = "o" if len(curve.x) == 1 else None  # one point alone makes no line
+                panel.plot(curve.x, curve.value, label=curve.name, color=colors[curve.name], marker=marker)
                 panel.fill_between(curve.x, curve.low, curve.high, color=colors[curve.name], alpha=0.18, linewidth=0)
             panel.set_title(task)
             panel.set_xlabel("environment steps")
             panel.set_ylabel("return")
+            panel.set_xlim(left=0)
             _format_counts(panel.xaxis.set_major_formatter, panel.get_xlim())
             _format_counts(panel.yaxis.set_major_formatter, panel.get_ylim())
     return path

@@ -16,7 +16,7 @@ from dppo.comparison import running
 from dppo.comparison.plan import ComparisonConfig, PlannedRun, plan
 from dppo.comparison.recorded import read_recorded
 from dppo.comparison.report import write_report
-from dppo.comparison.results import Result, Table, finished
+from dppo.comparison.results import POINTS, Result, Table, finished
 from dppo.comparison.running import run_all
 from dppo.locking import held
 from dppo.output.run_directory import HEADER
@@ -241,8 +241,10 @@ def test_the_report_has_the_scores_the_probabilities_and_the_picture(tmp_path):
     text = reported(tmp_path)
     assert "| cartpole | good | 2 | 205.0 [200.0, 210.0] | 205.0 ± 7.07 | 200.0 | 210.0 |" in text
     assert "| hopper | bad | 2 | 1,055 [1,050, 1,060] |" in text
-    assert "| good | bad | 1.00 [1.00, 1.00] |" in text
-    assert "| bad | good | 0.00 [0.00, 0.00] |" in text
+    assert "|  | good | bad |" in text
+    assert "| good |  | 1.00 [1.00, 1.00] |" in text
+    assert "| bad | 0.00 [0.00, 0.00] |  |" in text
+    assert "different numbers" not in text
     assert "    dppo compare x" in text
     assert "| bad | `algo=trpo algo.max_kl=1e-9` |" in text
     assert "8 runs, seeds 0, 1, 2030-01-01 to 2030-01-02, on a processor, 4 cores; revision abcdef0; torch 1.0" in text
@@ -290,22 +292,57 @@ def test_the_tables_hold_every_run_and_every_point(tmp_path):
         assert len(list(csv.DictReader(file))) == 2 * 2 * ROWS
 
 
-def test_the_curve_of_a_method_is_as_long_as_its_shortest_run_and_as_fine_as_what_was_measured(tmp_path):
+def test_the_curve_of_a_method_covers_what_all_its_runs_measured_as_finely_as_the_coarsest(tmp_path):
     for run in (runs := plan(config(tasks=["hopper"]), tmp_path)):
         finish(run, 100.0, steps=1000 * (1 + run.seed) * (10 if run.method == "good" else 1))
     table = Table(finished(runs), ["hopper"], METHODS)
-    np.testing.assert_allclose(table.edges("hopper", "good"), np.arange(ROWS + 1) * 1000.0)
-    np.testing.assert_allclose(table.edges("hopper", "bad"), np.arange(ROWS + 1) * 100.0)
+    np.testing.assert_allclose(table.grid("hopper", "good"), np.linspace(2000, 10_000, ROWS))
+    np.testing.assert_allclose(table.grid("hopper", "bad"), np.linspace(200, 1000, ROWS))
 
 
-def test_a_curve_is_the_mean_of_what_was_measured_since_the_point_before(tmp_path):
-    run = plan(config(), tmp_path)[0]
+def measured(tmp_path: Path, rows: list[tuple[float, float | None]]) -> Result:
+    """A run that measured these returns at these environment steps."""
+    run = plan(config(tasks=["hopper"], seeds=[0]), tmp_path)[0]
     finish(run, 100.0, before=7.0)
-    result = Result(run, run.summary or {})
-    np.testing.assert_allclose(result.curve(np.array([0.0, 200.0, 400.0, 1000.0])), [15, 35, 75])
-    np.testing.assert_allclose(result.curve(np.array([0.0, 50.0, 150.0, 160.0, 1000.0])), [10, 10, 10, 60])
-    np.testing.assert_allclose(result.curve(np.array([0.0, 200.0, 400.0])), [15, 35]), "nothing of what came later"
-    np.testing.assert_allclose(result.curve(np.array([0.0, 50.0])), [7]), "no episode ended yet"
+    lines = [json.dumps({"env_steps": steps, "return_mean": value}) for steps, value in rows]
+    run.directory.metrics_path.write_text("".join(f"{line}\n" for line in lines))
+    return Result(run, run.summary or {})
+
+
+def test_a_curve_is_straight_between_what_was_measured(tmp_path):
+    result = measured(tmp_path, [(10, None), (100, 20.0), (200, 40.0), (300, None), (400, 60.0)])
+    np.testing.assert_allclose(
+        result.curve(np.array([0.0, 100, 150, 200, 300, 400, 500])), [20, 20, 30, 40, 50, 60, 60]
+    )
+    np.testing.assert_allclose(measured(tmp_path / "other", [(10, None)]).curve(np.array([5.0])), [7])
+
+
+def test_of_many_iterations_a_curve_has_the_means_of_several_in_a_row(tmp_path):
+    count = 2 * POINTS
+    result = measured(tmp_path, [(10 * i, i) for i in range(1, count + 1)])
+    steps, returns = result.points
+    np.testing.assert_allclose(steps, 20 * np.arange(1, POINTS + 1))
+    np.testing.assert_allclose(returns, 2 * np.arange(1, POINTS + 1) - 0.5)
+
+
+def test_iterations_of_unequal_lengths_are_neither_merged_nor_repeated(tmp_path):
+    """They end a little before or after even steps, at each seed elsewhere."""
+    steps = np.cumsum([15_926, 15_929, 15_934, 15_931, 15_927, 15_935, 15_930, 15_932])
+    result = measured(tmp_path, list(zip(steps.tolist(), range(8), strict=True)))
+    table = Table([result], ["hopper"], METHODS)
+    np.testing.assert_allclose(result.curve(table.grid("hopper", "good")), np.arange(8), atol=1e-3)
+
+
+def test_the_report_warns_of_unequal_budgets_and_says_nothing_of_probabilities_of_single_runs(tmp_path):
+    for run in (runs := plan(config(tasks=["hopper"], seeds=[0]), tmp_path)):
+        finish(run, 100.0, steps=1000 * (3 if run.method == "good" else 1))
+    table = Table(finished(runs), ["hopper"], METHODS)
+    settings = {"all runs": ["video=false"], "hopper": []}
+    text = write_report(table, name="trial", command="x", output=tmp_path, settings=settings).read_text()
+    assert "The methods had different numbers of environment steps on hopper." in text
+    assert "Probability" not in text
+    assert "| (all runs) | `video=false` |" in text
+    assert "(hopper)" not in text
 
 
 # --- the command
@@ -327,7 +364,7 @@ def test_the_command_runs_what_is_missing_and_nothing_again(tmp_path, capsys, sh
     told = capsys.readouterr()
     assert "2 runs, of which 1 are finished" in told.out
     assert "1 of 2 runs failed, the first of them npg, cartpole, seed 1: see " in told.err
-    assert "Not finished: npg, cartpole, seed 1." in (tmp_path / "out" / "report.md").read_text()
+    assert "- npg: cartpole seed 1" in (tmp_path / "out" / "report.md").read_text()
     (again,) = (tmp_path / "log").read_text().splitlines()
     assert "seed=1" in again
     assert main([*command, "--", "algo.gamma=0.5"]) == 2
@@ -363,7 +400,7 @@ def test_what_is_missing_is_named_in_the_report(tmp_path):
     finish(runs[0], 100.0)
     table = Table(finished(runs), ["cartpole"], METHODS)
     text = write_report(table, runs[1:], name="trial", command="x", output=tmp_path).read_text()
-    assert "Not finished: bad, cartpole, seed 0; good, hopper, seed 0;" in text
+    assert "- bad: cartpole seed 0, hopper seed 0, cartpole seed 1, hopper seed 1\n- good: hopper seed 0," in text
 
 
 def test_the_configuration_of_a_run_is_read_as_text(tmp_path, monkeypatch):
