@@ -39,6 +39,11 @@ class Annealing:
         last = first if self.finetuned_steps is None else self.finetuned_steps
         return last + int((first - last) * (1 - progress) + 0.5)
 
+    def now(self, policy: Policy) -> dict[str, float]:
+        """What is annealed, as metrics."""
+        values = {"finetuned_steps": policy.num_steps, "exploration_std": getattr(policy, "exploration_std", None)}
+        return {name: value for name, value in values.items() if getattr(self, name) is not None and value is not None}
+
     def apply(self, policy: Policy, progress: float) -> None:
         """Set the exploration that belongs to this share of the training."""
         if self.exploration_std is not None:

@@ -64,6 +64,8 @@ def build_policy(config: Plain, spaces: Spaces, **changes: Any) -> Policy:
     if config["policy"]["type"] == "categorical":
         sizes |= {"choices": spaces.choices, "masked": spaces.masked}
     parts = {name: config[name] for name in PARTS if config.get(name) is not None}
+    if "sampler" in parts and config["policy"]["type"] != DiffusionPolicy.type:
+        raise _no_sampler(config["policy"]["type"])
     policy = Policy.from_config({**config["policy"], **sizes, **parts, **changes})
     _warn_of_a_late_start(policy)
     check_spaces(policy, spaces, "this configuration", config["task"]["name"])
@@ -231,7 +233,10 @@ def starting_point(config: Plain, overridden: Collection[str]) -> tuple[Policy, 
             f"set checkpoint=scratch"
         )
     if any(key.startswith("network") for key in overridden):
-        raise UserError(f"the network is fixed by the checkpoint {path}; it can be chosen when pretraining only")
+        raise UserError(
+            f"the network is fixed by the checkpoint {path}; another one needs `dppo pretrain task={task.name} "
+            f"network=...`, or checkpoint=scratch"
+        )
     if _is_other_sampler(config, policy, overridden):
         policy = with_sampler(policy, config["sampler"])
     settings, defaults = config["policy"], default_settings("policy", policy.type)["policy"]
@@ -260,10 +265,14 @@ def with_sampler(policy: Policy, settings: Plain) -> Policy:
         UserError: a policy without one, or a sampler that is wrong or does not fit it.
     """
     if not isinstance(policy, DiffusionPolicy):
-        raise UserError(f"a {policy.type} policy has no sampler; leave sampler=... out")
+        raise _no_sampler(policy.type)
     changed = policy.with_sampler(config_from_dict(Sampler, settings, "sampler"))
     _warn_of_a_late_start(changed)
     return changed
+
+
+def _no_sampler(policy_type: str) -> UserError:
+    return UserError(f"a {policy_type} policy has no sampler; leave sampler=... out")
 
 
 def _warn_of_a_late_start(policy: Policy) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -111,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what it printed has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes what is left
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -212,16 +217,19 @@ def _command_help(command: str) -> str:
 
     about, _ = COMMANDS[command]
     has_defaults = bool(groups_of(command))
-    groups = [*groups_of(command), *(["task"] if command in TASK_APART else [])]
+    groups = groups_of(command) | ({"task": None} if command in TASK_APART else {})
     options_text = "[--show] [--config-dir DIR]" if groups else "[--show]"
+    options_text += " [-- key=value ... for all runs]" if command == "compare" else ""
     lines = [f"dppo {command}: {about}", "", f"usage: dppo {command} [key=value ...] {options_text}", ""]
     lines += ["examples:", *(f"  {line}" for line in _examples(command)), ""]
     if groups:
-        lines += ["choices (every one is a YAML file):"]
-        lines += [f"  {group}={'|'.join(options(group))}" for group in groups]
+        lines += [f"choices, each a YAML file in {config_directory()}/<group>/ with settings <group>.<name>=...:"]
+        for group, default in groups.items():
+            lines += [f"  {group}={'|'.join(options(group))}{f'   (default: {default})' if default else ''}"]
         lines += [""]
     text = (config_directory() / f"{command}.yaml").read_text()
-    text = (text.split("\n\n", 1)[-1] if has_defaults else text).replace("???", "(required)")
+    text = text.split("\n\n", 1)[-1] if has_defaults else text
+    text = re.sub(r"\?\?\? {0,7}", "(required)", text)  # in as many columns, where there are so many
     settings = [line for line in text.splitlines() if not line.startswith("#")]
     lines += ["settings and their defaults:", *(f"  {line}" for line in settings), ""]
     lines += ["--show prints the whole configuration, with the choices' own settings, and stops."]

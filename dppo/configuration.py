@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from policies import UserError
-from policies.config import near_misses
+from policies.config import complaint, near_misses
 
 
 def config_directory() -> Path:
@@ -55,6 +55,9 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
 def _composed(command: str, overrides: Sequence[str], extra: Path | None) -> dict[str, Any]:
     if extra is not None and not extra.is_dir():
         raise UserError(f"--config-dir {extra} is not a directory")
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UserError(f"{override!r} is no setting; settings are given as key=value")
     search = [] if extra is None else [f"hydra.searchpath=['file://{extra.resolve()}']"]
     with initialize_config_dir(str(config_directory().resolve()), version_base="1.3"):
         try:
@@ -66,7 +69,7 @@ def _composed(command: str, overrides: Sequence[str], extra: Path | None) -> dic
         choices = [str(one.input_line) for one in parsed if _is_choice(one, extra)]
         for key in overridden_keys(overrides):
             if key.split(".")[0] not in (*own, *groups):
-                raise _no_setting(command, key, [*own, *groups])
+                raise _unknown(command, key, own, groups)
         try:
             config = compose(command, [*search, *overrides])
             missing = sorted(OmegaConf.missing_keys(config))
@@ -79,15 +82,34 @@ def _composed(command: str, overrides: Sequence[str], extra: Path | None) -> dic
                 raise UserError(_one_line(error)) from error
             if isinstance(own.get(unknown[1]), Mapping):
                 raise UserError(f"{command} has settings {unknown[1]}.<name>=..., no choice of {unknown[1]}") from error
-            raise _no_setting(command, unknown[1], _keys(compose(command, [*search, *choices]))) from error
+            known = _keys(compose(command, [*search, *choices]))
+            raise _of_another_choice(command, unknown[1]) or _no_setting(command, unknown[1], known) from error
     assert isinstance(content, dict)
+    _check_experiment(dict(choice.split("=", 1) for choice in choices), overridden_keys(overrides), content)
     everywhere = {path.name for path in config_directory().iterdir() if path.is_dir()}
     for key in content:
         if key not in (*own, *groups, *everywhere):
-            raise _no_setting(command, str(key), [*own, *groups])
+            raise _unknown(command, str(key), own, groups)
     # A choice may set what only other commands have: a policy's file says how PPO trains it, and `pretrain` has no PPO.
     kept = {str(key): value for key, value in content.items() if key in own or key in groups}
     return kept | _typed(content, own, command)
+
+
+def _check_experiment(chosen: Mapping[str, str], overridden: set[str], content: Mapping[Any, Any]) -> None:
+    """Refuse a choice that goes with settings of an experiment which that choice does not have."""
+    if "experiment" not in chosen:
+        return
+    for group in ("policy", "algo", "critic"):
+        choice = chosen.get(group, "")
+        if not (config_directory() / group / f"{choice}.yaml").is_file():
+            continue
+        own = default_settings(group, choice)
+        for name in content[group]:
+            if name not in own.get(group, own) and f"{group}.{name}" not in overridden:
+                raise UserError(
+                    f"experiment={chosen['experiment']} sets {group}.{name}, which {group}={choice} does not have; "
+                    f"leave one of them out"
+                )
 
 
 def overridden_keys(overrides: Sequence[str]) -> set[str]:
@@ -108,10 +130,11 @@ def default_settings(group: str, choice: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def groups_of(command: str) -> list[str]:
-    """The configuration groups that a command has."""
+def groups_of(command: str) -> dict[str, str | None]:
+    """The configuration groups that a command has, and what they choose by default; None: nothing."""
     text = (config_directory() / f"{command}.yaml").read_text()
-    return re.findall(r"^  - (?:optional |override /)?(\w+): ", text, flags=re.MULTILINE)
+    found = re.findall(r"^  - (?:optional |override /)?(\w+): (\w+)", text, flags=re.MULTILINE)
+    return {group: None if choice == "null" else choice for group, choice in found}
 
 
 def _is_choice(override: Override, extra: Path | None) -> bool:
@@ -159,27 +182,42 @@ def _typed(values: Mapping[Any, Any], defaults: Mapping[str, Any], where: str) -
             try:
                 typed[name] = adapter.validate_python(values[name])
             except ValidationError as error:
-                message = f"{error.errors()[0]['msg']} (it is {values[name]!r})"
-                raise UserError(f"{where}, {name}: {message}") from error
+                raise UserError(f"{where}, {name}{complaint(error)}") from error
     return typed
 
 
 def _no_setting(where: str, key: str, known: Iterable[str]) -> UserError:
     if key.startswith("task.env_kwargs."):
         return UserError(f"{key} is not among the task's env_kwargs; write +{key}=... to add it")
-    owners = _owners(key)
-    if owners:
-        return UserError(f"{where} has no setting {key!r} here; it belongs to {' and '.join(owners)}")
     return UserError(f"{where} has no setting {key!r}{near_misses(key, known)}")
 
 
-def _owners(key: str) -> list[str]:
-    """The choices of a group that have the setting ``group.name``, as ``group=choice``."""
+def _unknown(command: str, key: str, own: Mapping[str, Any], groups: Iterable[str]) -> UserError:
+    """The error of a key that begins with neither a setting nor a group of the command."""
     group, _, name = key.partition(".")
-    if not (config_directory() / group).is_dir():
-        return []
+    if name and (config_directory() / group).is_dir():
+        return UserError(f"{command} has no setting {key!r}, nor any other of {group}; see `dppo {command} --help`")
+    # The name of a setting without what it is a setting of.
+    longer = [f"{where}.{key}" for where, default in own.items() if isinstance(default, Mapping) and key in default]
+    longer += [f"{where}.{key}" for where in groups if _owners(where, key)]
+    if longer:
+        return UserError(f"{command} has no setting {key!r} (did you mean {' or '.join(longer)}?)")
+    return _no_setting(command, key, [*own, *groups])
+
+
+def _of_another_choice(command: str, key: str) -> UserError | None:
+    """The error of a setting ``group.name`` that other choices of the group have; None: none has it."""
+    group, _, name = key.partition(".")
+    owners = _owners(group, name)
+    if not owners:
+        return None
+    return UserError(f"{command} has no setting {key!r} here; it belongs to {' or '.join(owners)}")
+
+
+def _owners(group: str, name: str) -> list[str]:
+    """The choices of a group that have a setting, as ``group=choice``."""
     files = {choice: default_settings(group, choice) for choice in options(group)}
-    return [f"{group}={choice}" for choice, content in files.items() if name in content.get(group, content)]
+    return [f"{group}={choice}" for choice, content in files.items() if name in (content.get(group, content) or ())]
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

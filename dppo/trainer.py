@@ -165,6 +165,8 @@ class Trainer:
             "worker_restarts": rollout.worker_restarts,
             **metrics,
             **of_anchor,
+            **self.config.anneal.now(self.policy),
+            **self.policy.watched(rollout.obs[rollout.valid]),
             "environment_s": rollout.environment_s,
             "sampling_s": collected - began - rollout.environment_s,
             "scoring_s": scored - collected,

@@ -263,6 +263,10 @@ class Policy(nn.Module):
         if self.action_scaler is not None:
             self.action_scaler.fit(low, high)
 
+    def watched(self, obs: Tensor) -> dict[str, float]:
+        """Numbers that it learns and that are worth watching, by name; means over observations [B, To, Do]."""
+        return {}
+
     def observe(self, obs: Tensor) -> None:
         """Let running statistics (where the policy keeps any) see fresh observations [B, Do]; between updates only."""
         if isinstance(self.obs_scaler, RunningStandardizer):

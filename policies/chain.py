@@ -236,6 +236,10 @@ class DiffusionPolicy(Policy, type="diffusion"):
             return self.config.sampler.evaluation_eta
         return self.config.sampler.eta if self.eta is None else self.eta(context)
 
+    @torch.no_grad()
+    def watched(self, obs: Tensor) -> dict[str, float]:
+        return {} if self.eta is None else {"eta": float(self.eta(self.normalize_obs(obs).flatten(1)).mean())}
+
     def _natural_stds(self, eta: Tensor | float) -> Stds:
         """eta unit_std of each row of the kernel, before any floor: numbers, or [B or 1, 1, Da or 1]."""
         return [eta * std for std in self._unit_stds]

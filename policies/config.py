@@ -40,11 +40,20 @@ def config_from_dict(cls: type[Record], values: Mapping[str, Any], where: str) -
     try:
         return _adapter(cls).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        given = f" (it is {first['input']!r})" if name and first["type"] != "missing" else ""
-        raise UserError(f"{where}{f', {name}' if name else ''}: {message}{given}") from error
+        raise UserError(f"{where}{complaint(error)}") from error
+
+
+def complaint(error: ValidationError) -> str:
+    """What follows the name of a record: ``, setting: must be a valid number, not 'abc'``, or its own words."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    setting = f", {name}" if name else ""
+    if message.startswith("Input should be "):
+        wanted = message.removeprefix("Input should be ").partition(", ")[0]
+        return f"{setting}: must be {wanted}, not {first['input']!r}"
+    given = f" (it is {first['input']!r})" if name and first["type"] != "missing" else ""
+    return f"{setting}: {message}{given}"
 
 
 def _nested(cls: type, name: str, value: Any, where: str) -> Any:

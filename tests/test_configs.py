@@ -149,7 +149,7 @@ def test_the_defaults_of_a_denoising_network_are_those_of_its_record(network):
     [
         ("network.down_dim=[8]", "did you mean network.down_dims"),
         ("network.layers=3", "it belongs to network=transformer"),
-        ("network.hidden_dims=[8]", "it belongs to network=mlp and network=residual_mlp"),
+        ("network.hidden_dims=[8]", "it belongs to network=mlp or network=residual_mlp"),
     ],
 )
 def test_a_setting_that_the_chosen_network_does_not_have_is_refused(override, says):

@@ -18,7 +18,7 @@ from dppo.output.video import record_video
 from dppo.run_setup import open_run, prepare_device
 from dppo.sources import Foreign
 from dppo.task import Task
-from policies import Policy
+from policies import DiffusionPolicy, Policy
 from policies.config import config_from_dict
 
 
@@ -47,6 +47,7 @@ def _evaluate(
     directory: RunDirectory,
 ) -> dict[str, Any]:
     """Evaluate, and tell what came of it; the summary."""
+    print(_plan(config, policy, task, evaluation), flush=True)
     began = time.perf_counter()
     summary, episodes = evaluate_with_progress(policy, task, evaluation)
     seconds = time.perf_counter() - began
@@ -69,3 +70,15 @@ def _evaluate(
     env_steps = sum(episode.length for episode in episodes)
     final_table({task.name: summary}, env_steps=env_steps, seconds=seconds, paths=paths)
     return content
+
+
+def _plan(config: Mapping[str, Any], policy: Policy, task: Task, evaluation: EvaluationConfig) -> str:
+    """What is about to be done, in a line."""
+    chain = ""
+    if isinstance(policy, DiffusionPolicy):
+        steps, eta = len(policy.timesteps), policy.config.sampler.evaluation_eta
+        chain = f", {steps} of {policy.config.denoising_steps} denoising steps with eta = {eta:g}"
+    return (
+        f"evaluating a {policy.type} policy ({config['checkpoint']}) on {task.name}: {evaluation.episodes} episodes in "
+        f"{evaluation.num_envs} environments{chain}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,8 +70,8 @@ class _Meter:
 
     @property
     def share(self) -> str:
-        """Of the whole, as 45 %."""
-        return percent(min(self._done / self._total, 1.0))
+        """Of the whole, as 45 %; all of it only when it is done."""
+        return percent(math.floor(100 * min(self._done / self._total, 1.0)) / 100)
 
     @property
     def left(self) -> str:

@@ -38,8 +38,8 @@ def count(value: float) -> str:
 
 
 def small(value: float) -> str:
-    """As 0.0042, or 4.2e-05 where that would be nothing."""
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+    """As 0.0042, or 4.2e-05 where that would be nothing, or 4.2e+05 where it would be too long."""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.4f}"
 
 
 def final_table(

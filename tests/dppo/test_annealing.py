@@ -37,8 +37,10 @@ def test_training_explores_less_and_less(small_policy, point_task):
     training = trainer(small_policy("diffusion"), point_task, Annealing(exploration_std=0.01))
     seen = []
     while not training.finished:
-        training.iterate()
+        row = training.iterate()
         seen.append(training.policy.exploration_std)
+        assert row["exploration_std"] == seen[-1]
+        assert "finetuned_steps" not in row
     assert seen == sorted(seen, reverse=True) and seen[0] == 0.1 and seen[-1] < 0.1
     training.close()
 

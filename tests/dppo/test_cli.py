@@ -94,7 +94,7 @@ def test_show_prints_the_whole_configuration_and_runs_nothing(capsys, monkeypatc
         (["xyzzy"], "unknown command 'xyzzy'; there are: collect"),
         (["finetune", "env_step=5"], "has no setting 'env_step' (did you mean env_steps"),
         (["finetune", "task=hoper"], "unknown task 'hoper' (did you mean hopper?)"),
-        (["finetune", "seed"], "missing EQUAL"),
+        (["finetune", "seed"], "is no setting; settings are given as key=value"),
         (["finetune", "--vidoe"], "--vidoe"),
         (["finetune", "--config-dir"], "--config-dir"),
         (["finetune", "--config-dir", "/nowhere"], "/nowhere is not a directory"),
@@ -176,3 +176,22 @@ def test_a_stopped_run_ends_with_the_signals_status_and_a_line(capsys, monkeypat
     monkeypatch.setattr(cli, "_run", stop)
     assert main(["finetune"]) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM; all is saved\n"
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "compare"])
+def test_the_help_of_a_command_marks_its_defaults_and_stays_in_its_columns(capsys, command):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    critics = "critic=latent|mlp|none|residual_mlp|shared   (default: mlp)"
+    assert {"finetune": critics, "evaluate": "sampler=ddim|ddpm\n", "compare": "(default: quick)"}[command] in text
+    if command == "evaluate":
+        first, second = text.partition("settings and their defaults:\n")[2].splitlines()[:2]
+        assert first.startswith("  checkpoint: (required)")
+        assert first.index("#") == second.index("Hugging") - 2
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    script = f"{sys.executable} -c 'from dppo.cli import main; raise SystemExit(main())' finetune --help | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout == "dppo finetune: fine-tune a policy with reinforcement learning\n"
+    assert done.stderr == ""

@@ -79,6 +79,9 @@ def test_the_keys_and_groups_that_were_overridden():
         (["+env_step=5"], "finetune has no setting 'env_step' (did you mean env_steps"),
         (["+evaluation.episode=5"], "finetune, evaluation has no setting 'episode' (did you mean episodes?)"),
         (["xyzzy=1"], "finetune has no setting 'xyzzy'"),
+        (["inner_gamma=0.9"], "finetune has no setting 'inner_gamma' (did you mean algo.inner_gamma?)"),
+        (["learned_eta=scalar"], "(did you mean sampler.learned_eta?)"),
+        (["finetuned_steps=5"], "(did you mean anneal.finetuned_steps or policy.finetuned_steps?)"),
     ],
 )
 def test_an_unknown_setting_is_named_with_its_near_misses(overrides, message):
@@ -106,7 +109,8 @@ def test_an_unknown_choice_is_named_with_its_near_misses_and_all_there_are(overr
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "cannot read the override: Error parsing override 'seed'; missing EQUAL"),
+        ("seed", "'seed' is no setting; settings are given as key=value"),
+        ("seed: 3", "'seed: 3' is no setting; settings are given as key=value"),
         ("=3", "cannot read the override '=3': it names no setting"),
         ("network.hidden_dims=[64", "cannot read the override"),
         ("seed:=3", "cannot read the override"),
@@ -156,7 +160,7 @@ def test_a_setting_of_another_command_is_unknown(command):
 
 
 def test_the_groups_of_a_command_are_those_of_its_defaults():
-    assert groups_of("evaluate") == ["sampler"]
+    assert groups_of("evaluate") == {"sampler": None}
     assert set(groups_of("pretrain")) == {"task", "policy", "network", "sampler", "logger"}
     assert options("policy") == ["categorical", "diffusion", "diffusion_ode", "gaussian", "mixture"]
     assert (config_directory() / "finetune.yaml").is_file()
@@ -212,3 +216,20 @@ def test_a_file_of_ones_own_that_is_no_yaml_is_one_line(tmp_path):
 
 def test_a_directory_that_does_not_exist_is_named(tmp_path):
     assert refusal("finetune", extra=tmp_path / "nowhere") == f"--config-dir {tmp_path}/nowhere is not a directory"
+
+
+def test_what_another_command_chooses_is_not_offered():
+    message = refusal("evaluate", "checkpoint=x", "policy.finetuned_steps=5")
+    assert message == (
+        "evaluate has no setting 'policy.finetuned_steps', nor any other of policy; see `dppo evaluate --help`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "setting"),
+    [("algo=trpo", "algo.epochs"), ("algo=ppo_mask", "algo.clip"), ("policy=gaussian", "policy.denoising_steps")],
+)
+def test_a_choice_that_lacks_what_an_experiment_sets_is_refused_by_both_names(choice, setting):
+    message = refusal("finetune", "experiment=paper_hopper", choice)
+    assert message == f"experiment=paper_hopper sets {setting}, which {choice} does not have; leave one of them out"
+    assert compose_config("finetune", ["experiment=paper_hopper", "algo=ppo", "policy=diffusion", "critic=mlp"])

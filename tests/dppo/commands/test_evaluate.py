@@ -53,12 +53,14 @@ def test_the_table_shows_return_and_success(command, saved, tmp_path, capsys):
     assert number(summary["evaluation"]["return_mean"]) in shown
 
 
-def test_a_checkpoint_is_evaluated_under_another_sampler(command, saved, tmp_path):
+def test_a_checkpoint_is_evaluated_under_another_sampler(command, saved, tmp_path, capsys):
     own = command("evaluate", f"checkpoint={saved}", f"run={tmp_path / 'own'}")
-    ddim = ["sampler=ddim", "sampler.steps=4"]
+    assert "4 of 4 denoising steps with eta = 1" in capsys.readouterr().out
+    ddim = ["sampler=ddim", "sampler.steps=2"]
     other = command("evaluate", f"checkpoint={saved}", f"run={tmp_path / 'other'}", *ddim)
     assert own["evaluation"] != other["evaluation"]
-    assert "steps: 4" in (tmp_path / "other" / "config.yaml").read_text()
+    assert "2 of 4 denoising steps with eta = 0" in capsys.readouterr().out
+    assert "steps: 2" in (tmp_path / "other" / "config.yaml").read_text()
 
 
 # --- errors

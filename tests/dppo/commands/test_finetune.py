@@ -251,7 +251,7 @@ def test_a_run_is_overwritten_only_if_that_is_asked_for(tune):
         ([*SCRATCH, "policy.std=big"], "std: "),
         (
             [*SCRATCH, "algo.precision=float16"],
-            "algo, precision: Input should be 'float32' or 'bfloat16' (it is 'float16')",
+            "algo, precision: must be 'float32' or 'bfloat16', not 'float16'",
         ),
         ([*SCRATCH, "network.hidden_dims=[8,8]", "network.residual=true"], "a residual MLP needs an odd number"),
     ],

@@ -243,7 +243,7 @@ def test_demonstrations_of_another_task_are_refused_with_both_dimensions(refusal
         ("ema_decay=1", "ema_decay must lie in [0, 1)"),
         ("policy=categorical", "use policy="),
         ("batch_size=big", "batch_size"),
-        ("precision=float16", "precision: Input should be 'float32' or 'bfloat16' (it is 'float16')"),
+        ("precision=float16", "precision: must be 'float32' or 'bfloat16', not 'float16'"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(refusal, override, message):

@@ -86,6 +86,13 @@ def test_the_time_left_is_reckoned_from_the_share_that_is_done(monkeypatch):
     assert screen.text.split()[-1] == "1:30"
 
 
+def test_not_all_is_done_before_it_is():
+    screen = Screen(terminal=False)
+    running = Progress(4000, "env_steps", console=screen.console)
+    running.update({**row(1), "env_steps": 3999})
+    assert "99 %" in screen.text
+
+
 def test_more_steps_than_planned_leave_no_time():
     assert shown([row(5)]).split()[-1] == "0:00"
 

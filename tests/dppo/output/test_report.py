@@ -47,6 +47,6 @@ def test_numbers_keep_about_four_digits(value, text):
     assert number(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0042, "0.0042"), (4.2e-5, "4.2e-05"), (0.0, "0.0000")])
-def test_a_small_kl_is_not_shown_as_none(value, text):
+@pytest.mark.parametrize(("value", "text"), [(0.0042, "0.0042"), (4.2e-5, "4.2e-05"), (0, "0.0000"), (8e9, "8.0e+09")])
+def test_a_small_kl_is_not_shown_as_none_nor_a_large_one_in_full(value, text):
     assert small(value) == text

@@ -316,3 +316,4 @@ def test_a_learned_eta_moves_with_the_rest_of_the_policy(make_trainer, kind):
     assert metrics["step_failed"] == 0
     assert metrics["cg_iterations"] > 1
     assert not torch.equal(before[-1], list(trainer.policy.eta.parameters())[-1])
+    assert trainer.iterate()["eta"] != pytest.approx(0.9, abs=1e-6)
