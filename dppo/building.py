@@ -280,10 +280,11 @@ def _warn_of_a_late_start(policy: Policy) -> None:
     if not isinstance(policy, DiffusionPolicy):
         return
     steps, timesteps = len(policy.timesteps), policy.config.denoising_steps
-    if timesteps % steps:
-        whole = [number for number in range(1, timesteps + 1) if timesteps % number == 0]
-        fewer, more = max(n for n in whole if n < steps), min(n for n in whole if n > steps)
+    left_out = timesteps % steps
+    if left_out:
+        better = next(number for number in range(steps, timesteps + 1) if timesteps % number == 0)
         log.warning(
-            f"sampler.steps={steps} does not divide policy.denoising_steps={timesteps}: the chain begins at timestep "
-            f"{policy.timesteps[-1]} of {timesteps - 1}, with noise that belongs to the last; better {fewer} or {more}"
+            f"sampler.steps={steps} does not divide policy.denoising_steps={timesteps}: the {left_out} noisiest "
+            f"timesteps are left out, and the chain begins with their noise all the same; sampler.steps={better} "
+            f"leaves none out"
         )

@@ -103,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with suppress(ValueError):  # not the main thread: then signals are somebody else's business
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that worker processes end
     try:
-        return _run(command, overrides)
+        status = _run(command, overrides)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print("error:", *str(error).split("\n"), file=sys.stderr)
         return USER_ERROR_STATUS
@@ -148,7 +150,7 @@ def _run(command: str, overrides: list[str]) -> int:
     going_on = config.get("resume") is not None  # and then nothing follows from what is given
     implied = [] if going_on else implied_choices(config, overridden_keys(overrides), options.config_dir)
     if implied:
-        config = compose_config(command, [*implied, *overrides], options.config_dir)
+        config = compose_config(command, overrides, options.config_dir, implied)
     if options.show:
         import yaml
 
@@ -226,6 +228,8 @@ def _command_help(command: str) -> str:
         lines += [f"choices, each a YAML file in {config_directory()}/<group>/ with settings <group>.<name>=...:"]
         for group, default in groups.items():
             lines += [f"  {group}={'|'.join(options(group))}{f'   (default: {default})' if default else ''}"]
+        if "policy" in groups:
+            lines += ["  A choice may bring others with it, as task=cartpole brings policy=categorical."]
         lines += [""]
     text = (config_directory() / f"{command}.yaml").read_text()
     text = text.split("\n\n", 1)[-1] if has_defaults else text

@@ -31,20 +31,23 @@ TASK_APART = ("evaluate", "import")
 """Commands that want of a task what it is, and not the policy and settings of training that its choice brings."""
 
 
-def compose_config(command: str, overrides: Sequence[str], extra: Path | None = None) -> dict[str, Any]:
+def compose_config(
+    command: str, overrides: Sequence[str], extra: Path | None = None, implied: Sequence[str] = ()
+) -> dict[str, Any]:
     """The resolved configuration of a command as plain data.
 
     Args:
         command: a file of the configuration directory.
         overrides: ``key=value`` as of Hydra.
         extra: a directory with more choices, e.g. ``task/mine.yaml``.
+        implied: more overrides, before those, which are not the user's.
 
     Raises:
         UserError: an override that is malformed, names something unknown, or gives a setting of the command itself a
             value of another type than its default's. (The settings of groups are checked by whoever takes them.)
     """
     if command not in TASK_APART:
-        return _composed(command, overrides, extra)
+        return _composed(command, overrides, extra, implied)
     of_task = [override for override in overrides if re.match(r"\+*task[.=]", override)]
     if of_task and not any(override.startswith("task=") for override in of_task):
         raise UserError(f"{of_task[0]}: name the task, too: task=...")
@@ -52,7 +55,9 @@ def compose_config(command: str, overrides: Sequence[str], extra: Path | None = 
     return {**config, "task": _composed("finetune", of_task, extra)["task"]} if of_task else config
 
 
-def _composed(command: str, overrides: Sequence[str], extra: Path | None) -> dict[str, Any]:
+def _composed(
+    command: str, overrides: Sequence[str], extra: Path | None, implied: Sequence[str] = ()
+) -> dict[str, Any]:
     if extra is not None and not extra.is_dir():
         raise UserError(f"--config-dir {extra} is not a directory")
     for override in overrides:
@@ -71,7 +76,7 @@ def _composed(command: str, overrides: Sequence[str], extra: Path | None) -> dic
             if key.split(".")[0] not in (*own, *groups):
                 raise _unknown(command, key, own, groups)
         try:
-            config = compose(command, [*search, *overrides])
+            config = compose(command, [*search, *implied, *overrides])
             missing = sorted(OmegaConf.missing_keys(config))
             if missing:
                 raise UserError(f"{command} needs {missing[0]}=...; see `dppo {command} --help`")
@@ -82,7 +87,7 @@ def _composed(command: str, overrides: Sequence[str], extra: Path | None) -> dic
                 raise UserError(_one_line(error)) from error
             if isinstance(own.get(unknown[1]), Mapping):
                 raise UserError(f"{command} has settings {unknown[1]}.<name>=..., no choice of {unknown[1]}") from error
-            known = _keys(compose(command, [*search, *choices]))
+            known = _keys(compose(command, [*search, *implied, *choices]))
             raise _of_another_choice(command, unknown[1]) or _no_setting(command, unknown[1], known) from error
     assert isinstance(content, dict)
     _check_experiment(dict(choice.split("=", 1) for choice in choices), overridden_keys(overrides), content)
@@ -104,12 +109,13 @@ def _check_experiment(chosen: Mapping[str, str], overridden: set[str], content: 
         if not (config_directory() / group / f"{choice}.yaml").is_file():
             continue
         own = default_settings(group, choice)
-        for name in content[group]:
-            if name not in own.get(group, own) and f"{group}.{name}" not in overridden:
-                raise UserError(
-                    f"experiment={chosen['experiment']} sets {group}.{name}, which {group}={choice} does not have; "
-                    f"leave one of them out"
-                )
+        names = [f"{group}.{name}" for name in content[group] if name not in own.get(group, own)]
+        strange = [name for name in names if name not in overridden]
+        if strange:
+            raise UserError(
+                f"experiment={chosen['experiment']} sets {', '.join(strange)}, which {group}={choice} does not have; "
+                f"leave one of them out"
+            )
 
 
 def overridden_keys(overrides: Sequence[str]) -> set[str]:

@@ -44,6 +44,16 @@ class EvaluationConfig:
         if self.seed < 0:
             raise ValueError(f"the seed must not be negative, but is {self.seed}")
 
+    @property
+    def environments(self) -> int:
+        """Side by side: no more than episodes."""
+        return min(self.num_envs, self.episodes)
+
+    @property
+    def episodes_each(self) -> int:
+        """Of every environment."""
+        return -(-self.episodes // self.environments)
+
 
 def evaluation_settings(config: Mapping[str, Any]) -> tuple[EvaluationConfig, int]:
     """The ``evaluation`` block of a configuration: how to evaluate, and how often.
@@ -72,8 +82,7 @@ def evaluate(
     Raises:
         UserError: an episode goes on forever, or more episodes were dropped than are wanted.
     """
-    num_envs = min(config.num_envs, config.episodes)
-    quota = -(-config.episodes // num_envs)
+    num_envs, quota = config.environments, config.episodes_each
     device = next(policy.parameters()).device
     history, chunk = policy.config.history, policy.config.executed_chunk
     env = make_vector_env(task, num_envs, history=history, chunk=chunk, threads=torch.get_num_threads())

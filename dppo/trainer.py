@@ -99,6 +99,9 @@ class Trainer:
         generator = torch.Generator(device).manual_seed(seeds[1])
         self.update_rule = make_update_rule(self._algo_for(policy), policy, self.critic, generator, extras)
         self.estimator = make_estimator(advantage or GAEConfig(), algo, policy, self.critic, config.num_envs, seeds[4])
+        self.storage = Storage.of(policy, config.rollout_steps, config.num_envs)
+        if self.storage.log_prob_factors.dim() == 3 and isinstance(algo, FirstOrderConfig):
+            algo.check_that_factors_are_not_needed(policy.type)
         env = make_vector_env(
             task,
             config.num_envs,
@@ -110,9 +113,6 @@ class Trainer:
             Stepper(env), success_reward=task.success_reward, generator=torch.Generator(device).manual_seed(seeds[2])
         )
         self.actor.reset(seeds[3])
-        self.storage = Storage.of(policy, config.rollout_steps, config.num_envs)
-        if self.storage.log_prob_factors.dim() == 3 and isinstance(algo, FirstOrderConfig):
-            algo.check_that_factors_are_not_needed(policy.type)
         self.iteration = 0
         self.env_steps = 0
         self.wall_clock_s = 0.0

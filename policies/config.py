@@ -50,7 +50,9 @@ def complaint(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     setting = f", {name}" if name else ""
     if message.startswith("Input should be "):
-        wanted = message.removeprefix("Input should be ").partition(", ")[0]
+        wanted = message.removeprefix("Input should be ")
+        if first["type"] != "literal_error":  # of which it would be a part of the choices
+            wanted = wanted.partition(", ")[0]
         return f"{setting}: must be {wanted}, not {first['input']!r}"
     given = f" (it is {first['input']!r})" if name and first["type"] != "missing" else ""
     return f"{setting}: {message}{given}"

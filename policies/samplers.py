@@ -8,11 +8,14 @@ clipped x0. So a sampler is a list of timesteps and an eta:
     std   = eta unit_std
     mean  = signal x0 + sqrt(1 - signal^2 - std^2) noise            (Song et al. 2021, eq. 12)
 
+where the root is sqrt(1 - signal^2) sqrt(1 - eta^2 removed), which is as precise next to the chunk as elsewhere.
+
 | code | symbol (Song et al. 2021) |
 |---|---|
 | z, out | x_t, output of the network |
 | signal | square root of alpha_{t-1}, which is alpha_bar of the next timestep |
 | unit_std | sigma_t for eta = 1, eq. 16 |
+| removed | (1 - alpha_t / alpha_{t-1}) / (1 - alpha_t), so that unit_std^2 = (1 - signal^2) removed |
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from policies.schedules import NoiseLevels, Prediction, noise_coefficients, x0_coefficients
 
 TINY = 1e-12
+"""Least argument of a square root that may be differentiated."""
 
 LearnedEta = Literal["scalar", "action", "state"]
 
@@ -144,14 +148,14 @@ class Kernel(nn.Module):
         """The coefficients of the steps ``index`` [B], for `mean`."""
         return self.columns[index][:, :, None, None].unbind(1)
 
-    def mean(self, out: Tensor, latent: Tensor, row: Sequence[Any], eta: Tensor | float = 0.0) -> Tensor:
+    def mean(self, out: Tensor, latent: Tensor, row: Sequence[Any], eta: Tensor | float) -> Tensor:
         """The mean of the next latents.
 
         Args:
             out: [B, Tp, Da], output of the network.
             latent: [B, Tp, Da].
             row: of `row` or `rows`.
-            eta: where it is learned or the noise clipped, broadcastable to the latents.
+            eta: as of the stds, broadcastable to the latents; a kernel that is fused has its own.
         """
         x0 = row[0] * latent + row[1] * out
         if self.x0_clip is not None:
@@ -163,8 +167,8 @@ class Kernel(nn.Module):
             return mixed
         if self.epsilon_clip is not None:
             mixed = mixed.clamp(-self.epsilon_clip, self.epsilon_clip)
-        signal, noise, removed = row[5:]
+        signal, of_noise, removed = row[5:]
         rest = 1 - eta * eta * removed
         # Not below TINY: next to the chunk, with all of DDPM's noise, it is 0, where a root has no derivative.
         rest = rest.clamp(min=TINY).sqrt() if isinstance(rest, Tensor) else max(rest, 0.0) ** 0.5
-        return signal * x0 + noise * rest * mixed
+        return signal * x0 + of_noise * rest * mixed

@@ -81,8 +81,9 @@ def _run_missing(
     )
     if not waiting:
         return []
-    with bar("running", len(waiting)) as advance:
-        shares = Shares(advance)
+    shown = {run: run.share for run in waiting if run.can_go_on}
+    with bar("running", len(waiting), done=sum(shown.values())) as advance:
+        shares = Shares(advance, shown)
 
         def ended(run: PlannedRun, status: int, seconds: float) -> None:
             shares.end(run)
@@ -99,25 +100,25 @@ def _run_missing(
 class Shares:
     """How far the runs are, on a bar with one step for each of them."""
 
-    def __init__(self, advance: Callable[[float], None]) -> None:
+    def __init__(self, advance: Callable[[float], None], shown: Mapping[PlannedRun, float]) -> None:
+        """``shown``: what the bar says of those that go on with what an earlier comparison left."""
         self._advance = advance
-        self._shown: dict[PlannedRun, float] = {}
+        self._shown = dict(shown)
         self.next_look = time.monotonic() + LOOK_EVERY_S
 
     def look(self, running: Collection[PlannedRun]) -> None:
         """Show how far those are that go on, if that was not done just now."""
         if time.monotonic() >= self.next_look:
             self.next_look = time.monotonic() + LOOK_EVERY_S
-            for run in running:
-                self._show(run, run.share)
+            self._show({run: run.share for run in running})
 
     def end(self, run: PlannedRun) -> None:
         """One has ended, in whatever way."""
-        self._show(run, 1.0)
+        self._show({run: 1.0})
 
-    def _show(self, run: PlannedRun, share: float) -> None:
-        self._advance(share - self._shown.get(run, 0.0))
-        self._shown[run] = share
+    def _show(self, shares: Mapping[PlannedRun, float]) -> None:
+        self._advance(sum(share - self._shown.get(run, 0.0) for run, share in shares.items()))
+        self._shown.update(shares)
 
 
 def _line(run: PlannedRun, status: int, seconds: float) -> str:

@@ -78,7 +78,8 @@ def _plan(config: Mapping[str, Any], policy: Policy, task: Task, evaluation: Eva
     if isinstance(policy, DiffusionPolicy):
         steps, eta = len(policy.timesteps), policy.config.sampler.evaluation_eta
         chain = f", {steps} of {policy.config.denoising_steps} denoising steps with eta = {eta:g}"
+    episodes = evaluation.episodes_each * evaluation.environments
     return (
-        f"evaluating a {policy.type} policy ({config['checkpoint']}) on {task.name}: {evaluation.episodes} episodes in "
-        f"{evaluation.num_envs} environments{chain}"
+        f"evaluating a {policy.type} policy ({config['checkpoint']}) on {task.name}: {episodes} episodes in "
+        f"{evaluation.environments} environments{chain}"
     )

@@ -134,14 +134,14 @@ def cut_back(path: Path, x_axis: str, done: int) -> None:
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a ``metrics.jsonl``, whatever its size; None where there is none yet."""
+    """The last whole row of a ``metrics.jsonl``, whatever its size; None where there is none yet, or it is damaged."""
     try:
         with path.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - LONGEST_ROW, 0))
             lines = file.read().split(b"\n")
-    except OSError:
+        return json.loads(lines[-2]) if len(lines) > 1 else None
+    except (OSError, ValueError):
         return None
-    return next((json.loads(line) for line in reversed(lines[:-1]) if line.startswith(b"{")), None)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

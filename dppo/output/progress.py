@@ -40,12 +40,12 @@ COLUMNS = {
 class _Meter:
     """How far some work is: a bar on a terminal, gone in the end; lines in a log file. A context manager."""
 
-    def __init__(self, description: str, total: int, *, done: int = 0, console: Console | None = None) -> None:
+    def __init__(self, description: str, total: int, *, done: float = 0, console: Console | None = None) -> None:
         self.console = console or get_console()
         self._description = description
         self._total = total
         self._done_before = done
-        self._done: float = done
+        self._done = done
         self._began = self._spoke = time.perf_counter()
         columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._bar = Bar(
@@ -55,7 +55,8 @@ class _Meter:
             transient=True,
             disable=not self.console.is_terminal,
         )
-        self._task = self._bar.add_task(description, total=total, completed=done)
+        self._task = self._bar.add_task(description, total=total)
+        self.move(done)
 
     def advance(self, units: float) -> None:
         """So much more is done; a log that has been silent for long hears of it."""
@@ -71,7 +72,7 @@ class _Meter:
     @property
     def share(self) -> str:
         """Of the whole, as 45 %; all of it only when it is done."""
-        return percent(math.floor(100 * min(self._done / self._total, 1.0)) / 100)
+        return percent(min(math.floor(100 * self._done / self._total) / 100, 1.0))
 
     @property
     def left(self) -> str:
@@ -150,13 +151,17 @@ class Progress:
 
 
 @contextmanager
-def bar(description: str, total: int, *, console: Console | None = None) -> Iterator[Callable[[float], None]]:
+def bar(
+    description: str, total: int, *, done: float = 0, console: Console | None = None
+) -> Iterator[Callable[[float], None]]:
     """A bar that is gone when its work is done; in a log file, a line at its start, and one a minute.
+
+    So much was ``done`` before.
 
     Yields:
         A function that moves the bar by a number of steps.
     """
-    with _Meter(description, total, console=console) as meter:
+    with _Meter(description, total, done=done, console=console) as meter:
         if not meter.console.is_terminal:
             meter.print(f"{description} ...")
         yield meter.advance

@@ -56,10 +56,13 @@ class Skips:
         if self._in_a_row < MOST_SKIPPED:
             return
         found = evidence()
-        loss, norm = found["loss"].item(), found["gradient_norm"].item()
+        of_loss, norm = found["loss"].item(), found["gradient_norm"].item()
+        numbers = [f"a loss ({of_loss:g})", f"a gradient (norm {norm:g})"]
+        if "curvature" in found:
+            numbers.append(f"a curvature along the step ({found['curvature'].item():g})")
         raise NotFiniteError(
-            f"{self._in_a_row} updates of the {self._network} network in a row had a loss ({loss:g}) or a gradient "
-            f"(norm {norm:g}) that was not finite; lower the learning rate, or look for extreme values in what is "
+            f"{self._in_a_row} updates of the {self._network} network in a row had {', '.join(numbers[:-1])} or "
+            f"{numbers[-1]} that was not finite; lower the learning rate, or look for extreme values in what is "
             "learned from",
             found,
         )

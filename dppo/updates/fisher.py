@@ -98,7 +98,7 @@ def conjugate_gradients(
         tolerance: stop once the residual's norm is below so much of b's.
 
     Returns:
-        The solution; of NaN where there is a product or a ``b`` of NaN.
+        The solution; its ``quadratic`` is NaN where a product or ``b`` is.
     """
     x, residual = torch.zeros_like(b), b.clone()
     direction = residual.clone()

@@ -154,8 +154,8 @@ class NaturalGradient:
         laws: list[Distribution] = []
         before = self._judge(batch, laws)
         gradient = self._gradient(batch)
-        evidence = partial(self._evidence, batch, before, gradient)
         solution = self._natural(batch, gradient)
+        evidence = partial(self._evidence, batch, before, gradient, solution)
         if not self.skips.permits(before.objective, float(gradient.norm()), solution.quadratic, evidence=evidence):
             return {"step_failed": 1.0, "actor_steps": 0}
         old, after, kept = values.clone(), before, False
@@ -203,10 +203,10 @@ class NaturalGradient:
         gradient, _ = self._mean(of_part, (_all_pairs(batch),))
         return gradient.mul(batch.num_steps)
 
-    def _evidence(self, batch: Batch, judgement: Judgement, gradient: Tensor) -> Evidence:
+    def _evidence(self, batch: Batch, judgement: Judgement, gradient: Tensor, solution: Solution) -> Evidence:
         known = {f"batch/{name}": value for name, value in vars(batch).items() if value is not None}
-        loss = torch.tensor(-judgement.objective)
-        return {**known, "loss": loss, **of_network(self.policy, self.parameters, gradient)}
+        numbers = {"loss": torch.tensor(-judgement.objective), "curvature": torch.tensor(solution.quadratic)}
+        return {**known, **numbers, **of_network(self.policy, self.parameters, gradient)}
 
     def _natural(self, batch: Batch, gradient: Tensor) -> Solution:
         """F^-1 g, with F the Fisher information of the actions of an environment step, summed over inner steps."""

@@ -94,9 +94,9 @@ def test_a_policy_from_scratch_has_the_sampler_that_is_named():
 def test_steps_that_leave_the_noisiest_timesteps_out_are_warned_of(pretrained, caplog, steps, warned):
     policy = start(pretrained, "sampler=ddim", f"sampler.steps={steps}")
     assert policy.timesteps[-1] == {1: 0, 2: 2, 3: 2, 4: 3}[steps]
-    says = "sampler.steps=3 does not divide policy.denoising_steps=4: the chain begins at timestep 2 of 3"
+    says = "sampler.steps=3 does not divide policy.denoising_steps=4: the 1 noisiest timesteps are left out"
     assert (says in caplog.text) == warned
-    assert ("better 2 or 4" in caplog.text) == warned
+    assert ("sampler.steps=4 leaves none out" in caplog.text) == warned
 
 
 def test_a_policy_without_a_chain_has_no_sampler(small_policy):
@@ -312,6 +312,7 @@ def test_the_update_rule_is_the_configured_one():
         ("algo.log_ratio=product", "algo, log_ratio: .*'sum' or 'mean'"),
         ("algo.learning_rate=fast", "algo, learning_rate: .*fast"),
         ("algo.epochs=2.5", "algo, epochs: .*2.5"),
+        ("algo.schedule=falling", "algo, schedule: must be 'constant', 'linear' or 'cosine', not 'falling'"),
         ("algo.epochs=0", "epochs must be at least 1"),
         ("+algo.clipp=1", r"algo has no setting 'clipp' \(did you mean clip"),
     ],

@@ -190,8 +190,10 @@ def test_the_help_of_a_command_marks_its_defaults_and_stays_in_its_columns(capsy
         assert first.index("#") == second.index("Hugging") - 2
 
 
-def test_a_reader_that_has_read_enough_is_no_error():
-    script = f"{sys.executable} -c 'from dppo.cli import main; raise SystemExit(main())' finetune --help | head -1"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    assert done.stdout == "dppo finetune: fine-tune a policy with reinforcement learning\n"
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_a_reader_that_has_read_enough_is_no_error(unbuffered):
+    script = f"{sys.executable} -c 'from dppo.cli import main; raise SystemExit(main())' finetune --help | true"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
     assert done.stderr == ""

@@ -106,7 +106,7 @@ def test_the_predicted_noise_is_clipped_before_it_is_used() -> None:
         now, before = levels.alpha_bar[t].double(), levels.alpha_bar[t - 4].double() if t >= 4 else torch.tensor(1.0)
         x0 = (latent - (1 - now).sqrt() * out) / now.sqrt()
         expected = before.sqrt() * x0 + (1 - before).sqrt() * torch.tensor([0.5, 0.2], dtype=torch.float64)
-        torch.testing.assert_close(kernel.mean(out, latent, kernel.row(i)), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(kernel.mean(out, latent, kernel.row(i), 0.0), expected, rtol=1e-5, atol=1e-6)
 
 
 @each_schedule
@@ -180,7 +180,7 @@ def test_a_learned_eta_has_finite_derivatives_that_are_those_of_a_fixed_one(
 
     def fixed(value: float, i: int) -> Tensor:
         kernel = Kernel(levels, "epsilon", Sampler(**settings), eta=value, x0_clip=1.0).double()
-        return kernel.mean(out, latent, kernel.row(i))
+        return kernel.mean(out, latent, kernel.row(i), 0.0)
 
     for i in range(len(learned.unit_std)):
         number = torch.tensor(eta, dtype=torch.float64, requires_grad=True)

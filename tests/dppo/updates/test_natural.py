@@ -222,7 +222,7 @@ def test_an_advantage_that_is_not_finite_is_no_step_and_ten_in_a_row_are_an_erro
         row = update(trainer, broken)
         assert (row["skipped_updates"], row["actor_steps"], row["policy_loss"]) == (1, 0, None)
     with pytest.raises(
-        NotFiniteError, match=r"^10 updates of the policy network in a row had a loss \(nan\)"
+        NotFiniteError, match=r"^10 updates of the policy network in a row had a loss \(nan\), a gradient"
     ) as caught:
         update(trainer, broken)
     assert {"batch/advantages", "gradient_norm", "loss"} < caught.value.evidence.keys()
