@@ -97,6 +97,7 @@ def _sections(
                 [ours, *("" if ours == theirs else _probability(table, ours, theirs) for theirs in methods)]
                 for ours in methods
             ],
+            words=1,
         )
     yield "## Learning curves"
     yield "![Learning curves](learning_curves.png)"
@@ -197,7 +198,8 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numeric = ["---:" if i > 1 else "---" for i in range(len(header))]
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> str:
+    """A table whose first columns, so many, hold words; those after them are numbers."""
+    numeric = ["---:" if i >= words else "---" for i in range(len(header))]
     lines = [header, numeric, *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
