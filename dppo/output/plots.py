@@ -33,6 +33,8 @@ STYLE: dict[Any, Any] = {
 BLUE, ORANGE, GREY = "#1f6fb4", "#d1580f", "#666666"
 COLORS = (BLUE, ORANGE, "#2a8c4a", "#8c3fa0", "#b8860b", "#0f8f97", "#c2306a", GREY)
 """Of several methods, in their order."""
+DASHES = ("-", "--", ":")
+"""Of as many methods each as there are colours."""
 
 
 def learning_curve(
@@ -126,17 +128,19 @@ def comparison_curves(curves: Mapping[str, Sequence[Curve]], path: Path, *, titl
     """Draw a panel for each task, with a line and a band for each method, as a PNG.
 
     Args:
-        curves: by task; a method has the same colour in all of them.
+        curves: by task; a method has the same colour, and dashes beyond the colours that there are, in all of them.
         path: the file to write; its folder is made.
         title: what was compared.
     """
     names = list(dict.fromkeys(curve.name for drawn in curves.values() for curve in drawn))
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    dashes = {name: DASHES[i // len(COLORS) % len(DASHES)] for i, name in enumerate(names)}
     with _panels(path, title, count=len(curves)) as panels:
         for panel, (task, drawn) in zip(panels, curves.items(), strict=True):
             for curve in drawn:
                 marker = "o" if len(curve.x) == 1 else None  # one point alone makes no line
-                panel.plot(curve.x, curve.value, label=curve.name, color=colors[curve.name], marker=marker)
+                style = {"color": colors[curve.name], "linestyle": dashes[curve.name], "marker": marker}
+                panel.plot(curve.x, curve.value, label=curve.name, **style)
                 panel.fill_between(curve.x, curve.low, curve.high, color=colors[curve.name], alpha=0.18, linewidth=0)
             panel.set_title(task)
             panel.set_xlabel("environment steps")

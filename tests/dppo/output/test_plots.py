@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from dppo.output.plots import learning_curve, pretraining_curve
+from dppo.output.plots import COLORS, Curve, comparison_curves, learning_curve, pretraining_curve
 from dppo.statistics import summarize
 
 
@@ -94,3 +95,17 @@ def test_a_loss_that_becomes_negative_is_drawn_whole(figures, tmp_path):
     pretraining_curve([{"updates": 1, "train_loss": 0.5}, {"updates": 2, "train_loss": -0.5}], tmp_path / "curve.png")
     assert figures[0].axes[0].get_yscale() == "linear"
     assert points(figures[0].axes[0], "training") == [[1, 0.5], [2, -0.5]]
+
+
+def test_no_two_methods_look_alike_and_one_point_can_be_seen(figures, tmp_path):
+    x = np.array([5.0, 6.0])
+    curves = [Curve(f"method {number}", x, x, x, x) for number in range(len(COLORS) + 1)]
+    point = Curve("one point", x[:1], x[:1], x[:1], x[:1])
+    comparison_curves({"hopper": curves, "maze": [curves[-1], point]}, tmp_path / "curves.png", title="trial")
+    hopper, maze = figures[0].axes
+    looks = [(line.get_color(), line.get_linestyle()) for line in hopper.get_lines()]
+    assert len(set(looks)) == len(curves)
+    last, alone = maze.get_lines()
+    assert (last.get_color(), last.get_linestyle()) == looks[-1]
+    assert (last.get_marker(), alone.get_marker()) == ("None", "o")
+    assert hopper.get_xlim()[0] == 0
