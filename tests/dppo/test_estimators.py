@@ -265,3 +265,15 @@ def test_rollouts_go_on_where_they_were_unless_there_are_groups(make_trainer):
     trainer = make_trainer(rollout_steps=2)
     rollout_of(trainer)
     assert collect_rollout(trainer.actor, trainer.policy, 2).obs[0, :, -1, 0].max() > 0
+
+
+def test_a_minibatch_of_a_critic_of_inner_steps_is_of_as_many_environment_steps_as_one_of_the_other(make_trainer):
+    lengths = []
+    for critic in (MLP, LATENT):
+        trainer = make_trainer("diffusion", critic, critic_epochs=1, critic_batch_size=16)
+        fit, seen = trainer.update_rule.critic_fit, []
+        step = fit._step
+        fit._step = lambda targets, seen=seen, step=step: (seen.append(len(targets)), step(targets))[1]
+        trainer.iterate()
+        lengths.append(seen)
+    assert lengths == [[16] * 3, [3 * 16] * 3]

@@ -68,6 +68,8 @@ def test_the_last_row_is_the_last_whole_one_however_long_the_file_is(tmp_path):
     found = last_row(path)
     assert found is not None
     assert found["n"] == 2 * LONGEST_ROW // 100 - 1
+    path.write_text('{"n": 0}\n{"n": \x01}\n')
+    assert last_row(path) is None, "damaged"
 
 
 def test_metrics_that_are_not_there_are_one_clear_line(run):
