@@ -145,7 +145,7 @@ def comparison_curves(curves: Mapping[str, Sequence[Curve]], path: Path, *, titl
             panel.set_title(task)
             panel.set_xlabel("environment steps")
             panel.set_ylabel("return")
-            panel.set_xlim(left=0)
+            panel.set_xlim(0, 1.03 * max(curve.x[-1] for curve in drawn))
             _format_counts(panel.xaxis.set_major_formatter, panel.get_xlim())
             _format_counts(panel.yaxis.set_major_formatter, panel.get_ylim())
     return path

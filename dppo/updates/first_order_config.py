@@ -55,11 +55,14 @@ class FirstOrderConfig(UpdateConfig):
         Raises:
             UserError: naming the settings.
         """
-        if self.log_ratio == "mean" or self.log_prob_clamp is not None:
+        wanted = {"log_ratio": "sum", "log_prob_clamp": None}
+        others = {name: value for name, value in wanted.items() if getattr(self, name) != value}
+        if others:
+            names = " and ".join(f"algo.{name}={getattr(self, name)}" for name in others)
+            settings = " ".join(f"algo.{name}={'null' if value is None else value}" for name, value in others.items())
             raise UserError(
-                f"the likelihood of a {policy_type} policy is one number for the chunk, while algo.log_ratio=mean "
-                f"and algo.log_prob_clamp want one of each dimension: set algo.log_ratio=sum algo.log_prob_clamp=null, "
-                f"and algo.clip to what suits the ratio of a whole chunk"
+                f"the likelihood of a {policy_type} policy is one number for the chunk, and {names} is for one of each "
+                f"dimension: set {settings}, and an algo.clip that suits the ratio of a whole chunk"
             )
 
     def check_that_kl_can_be_seen(self) -> None:
