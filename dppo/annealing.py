@@ -41,8 +41,8 @@ class Annealing:
 
     def now(self, policy: Policy) -> dict[str, float]:
         """What is annealed, as metrics."""
-        values = {"finetuned_steps": policy.num_steps, "exploration_std": getattr(policy, "exploration_std", None)}
-        return {name: value for name, value in values.items() if getattr(self, name) is not None and value is not None}
+        attributes = {"finetuned_steps": "num_steps", "exploration_std": "exploration_std"}
+        return {name: getattr(policy, own) for name, own in attributes.items() if getattr(self, name) is not None}
 
     def apply(self, policy: Policy, progress: float) -> None:
         """Set the exploration that belongs to this share of the training."""

@@ -150,7 +150,8 @@ class Trainer:
         batch = self._batch(rollout, values)
         estimated = time.perf_counter()
         metrics = self.update_rule.update(batch, progress=self.progress, iteration=self.iteration)
-        self.policy.observe(rollout.obs[rollout.valid][:, -1])
+        obs = rollout.obs[rollout.valid]
+        self.policy.observe(obs[:, -1])
         now = time.perf_counter()
         self.iteration += 1
         self.env_steps += rollout.env_steps
@@ -166,7 +167,7 @@ class Trainer:
             **metrics,
             **of_anchor,
             **self.config.anneal.now(self.policy),
-            **self.policy.watched(rollout.obs[rollout.valid]),
+            **self.policy.watched(obs),
             "environment_s": rollout.environment_s,
             "sampling_s": collected - began - rollout.environment_s,
             "scoring_s": scored - collected,
