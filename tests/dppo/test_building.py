@@ -99,6 +99,17 @@ def test_steps_that_leave_the_noisiest_timesteps_out_are_warned_of(pretrained, c
     assert ("sampler.steps=4 leaves none out" in caplog.text) == warned
 
 
+def test_no_steps_are_not_all_of_them(pretrained):
+    with pytest.raises(UserError, match=r"finetuned_steps must lie between 1 and denoising_steps = 4, not 0"):
+        start(pretrained, "policy.finetuned_steps=0")
+    assert start(pretrained, "policy.finetuned_steps=null").num_steps == 4
+
+
+def test_a_policy_from_scratch_without_a_chain_has_no_sampler(point_task):
+    with pytest.raises(UserError, match=r"a gaussian policy has no sampler; leave sampler=... out"):
+        scratch_policy(compose("checkpoint=scratch", "sampler=ddim", policy="gaussian"), point_task)
+
+
 def test_a_policy_without_a_chain_has_no_sampler(small_policy):
     with pytest.raises(UserError, match=r"a gaussian policy has no sampler; leave sampler=... out"):
         with_sampler(small_policy("gaussian"), {"steps": 5})
